@@ -1,0 +1,86 @@
+"""What holds for every test: the kernel cache of a normal start, and nothing left behind.
+
+A test that leaves a running process, a file in /dev/shm or a file in the temporary directory fails. Fixtures
+of a wider scope may keep theirs: what exists before a test is not its fault.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from launcher import kernel_cache
+from tests import processes
+
+ROOT = Path(__file__).resolve().parent.parent
+SHM = Path("/dev/shm")
+EXIT_GRACE_S = 2.0
+
+# Before any test module imports numba, which reads the variable only once.
+kernel_cache.prepare(ROOT, installed=False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _temporary_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A temporary directory of this session's own, for tests and their processes; short, since sockets live
+    there.
+    """
+    tmp_path_factory.getbasetemp()  # pytest's own folders, which it keeps after failures, stay outside
+    folder = Path(tempfile.mkdtemp(prefix="apf-"))
+    before = os.environ.get("TMPDIR")
+    os.environ["TMPDIR"] = str(folder)
+    tempfile.tempdir = None
+    yield folder
+    tempfile.tempdir = None
+    if before is None:
+        del os.environ["TMPDIR"]
+    else:
+        os.environ["TMPDIR"] = before
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _subreaper() -> None:
+    processes.become_subreaper()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_behind(_temporary_directory: Path, _subreaper: None) -> Iterator[None]:
+    pids, shm, files = processes.children(), _names(SHM), _names(_temporary_directory)
+    yield
+    multiprocessing.active_children()  # waits for those that have ended
+    left = _leftover_processes(pids)
+    left += [f"file {SHM / name}" for name in sorted(_names(SHM) - shm) if _is_mine(SHM / name)]
+    left += [f"file {_temporary_directory / name}" for name in sorted(_names(_temporary_directory) - files)]
+    if left:
+        pytest.fail("the test left behind: " + "; ".join(left), pytrace=False)
+
+
+def _leftover_processes(before: set[int]) -> list[str]:
+    """Descriptions of the processes that outlived the test; they are killed, so that the next test starts
+    clean.
+    """
+    trackers = {pid for pid in processes.children() if "resource_tracker" in processes.command_line(pid)}
+    before |= trackers  # Python's own helper, which lives as long as this process
+    left = processes.wait_gone(processes.children() - before, EXIT_GRACE_S)
+    described = [f"process {pid} ({processes.command_line(pid)})" for pid in sorted(left)]
+    processes.kill_descendants(before)
+    return described
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
+
+def _is_mine(path: Path) -> bool:
+    """Whether this user's process made a file; others use /dev/shm too."""
+    try:
+        return path.stat().st_uid == os.getuid()
+    except FileNotFoundError:
+        return False
