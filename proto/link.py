@@ -1,0 +1,96 @@
+"""ZeroMQ links: socket options, identities and the few calls that shells need.
+
+ROUTER on the host, DEALER elsewhere. Sends never block: the protocol bounds what is in flight (64 faults per vCPU, a window per
+daemon), so a full queue means a peer that stopped reading, and the message counts as lost to that peer. Contexts are made after
+fork; nothing here may be called in the zygote.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from typing import Final
+
+import zmq
+
+from proto.units import MAX_VCPUS
+
+LINGER_MS: Final = 200
+"""Long enough to hand a last message to the kernel, short enough for a teardown within a second."""
+HWM: Final = 8192
+"""Messages queued per peer before a send fails; far above what the protocol allows in flight."""
+FRAME_BYTES_MAX: Final = 1 << 20
+"""ZeroMQ drops the connection of a peer that sends a longer frame."""
+
+LAUNCHER_ID: Final = b"L"
+
+
+def vcpu_identity(cpu: int) -> bytes:
+    """Routing id of global vCPU ``cpu``."""
+    return b"V" + struct.pack(">H", cpu)
+
+
+def swapd_identity(daemon: int, epoch: int) -> bytes:
+    """Routing id of one incarnation of a daemon: a stale incarnation can never be taken for its successor."""
+    return b"S" + struct.pack(">BI", daemon, epoch)
+
+
+def parse_identity(identity: bytes) -> tuple[str, int, int] | None:
+    """(kind letter, index, epoch) of a routing id; None for a stranger."""
+    if identity == LAUNCHER_ID:
+        return "L", 0, 0
+    if len(identity) == 3 and identity[:1] == b"V":
+        cpu = struct.unpack(">H", identity[1:])[0]
+        return ("V", cpu, 0) if cpu < MAX_VCPUS else None
+    if len(identity) == 6 and identity[:1] == b"S":
+        daemon, epoch = struct.unpack(">BI", identity[1:])
+        return "S", daemon, epoch
+    return None
+
+
+def new_context() -> zmq.Context[zmq.Socket[bytes]]:
+    """A context of this process with one I/O thread. Raises RuntimeError in a process that was forked with a live context."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
+    context.set(zmq.MAX_SOCKETS, 4096)
+    return context
+
+
+def _options(socket: zmq.Socket[bytes]) -> None:
+    socket.setsockopt(zmq.LINGER, LINGER_MS)
+    socket.setsockopt(zmq.SNDHWM, HWM)
+    socket.setsockopt(zmq.RCVHWM, HWM)
+    socket.setsockopt(zmq.MAXMSGSIZE, FRAME_BYTES_MAX)
+
+
+def bind_router(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> zmq.Socket[bytes]:
+    """The host's socket. ROUTER_MANDATORY: a send to nobody is an error, not silence."""
+    socket = context.socket(zmq.ROUTER)
+    _options(socket)
+    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    socket.bind(endpoint)
+    return socket
+
+
+def connect_dealer(
+    context: zmq.Context[zmq.Socket[bytes]], endpoint: str, identity: bytes
+) -> zmq.Socket[bytes]:
+    """A peer's socket."""
+    socket = context.socket(zmq.DEALER)
+    _options(socket)
+    socket.setsockopt(zmq.IDENTITY, identity)
+    socket.connect(endpoint)
+    return socket
+
+
+def raise_descriptor_limit(wanted: int) -> None:
+    """1024 ipc connections need more than the usual 1024 descriptors. Raises OSError when the hard limit is lower."""
+    import resource  # noqa: PLC0415 - only the host needs it
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft >= wanted:
+        return
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        raise OSError(
+            f"{wanted} file descriptors needed, hard limit is {hard} (see ulimit -Hn), pid {os.getpid()}"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

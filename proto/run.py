@@ -1,0 +1,73 @@
+"""What every process of a run is given: configuration, segments, endpoints. Built by the launcher, completed in the zygote."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from proto.segments import Segment
+from proto.topology import Topology
+from proto.trace import TraceWriter
+
+PROC_HOST = 0
+"""`proc` numbers in trace events: host, then 1 + cpu, then SWAPD_PROC + daemon, then the launcher."""
+PROC_VCPU = 1
+PROC_SWAPD = 2000
+PROC_LAUNCHER = 3000
+
+
+@dataclass(frozen=True, slots=True)
+class SwapFileInfo:
+    """One daemon's swap file: inherited descriptor, size, whether it is open for direct I/O."""
+
+    fd: int
+    slots: int
+    direct: bool
+    filesystem: str
+    engine: str
+    """Engine that may be used: 'uring' only where the fence was verified."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayTrace:
+    """One expanded recorded trace: segment ``trace-k`` holds ``pages`` u64 vpns, then ``accesses`` u32."""
+
+    path: str
+    pages: int
+    accesses: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunContext:
+    """Everything a role needs. ``eventfds[cpu]`` is the run-token eventfd of global vCPU ``cpu``."""
+
+    run_id: str
+    run_dir: Path
+    endpoint: str
+    tcp_endpoint: str
+    topology: Topology
+    segments: dict[str, Segment]
+    eventfds: Sequence[int]
+    swap_files: Sequence[SwapFileInfo]
+    traces: Sequence[ReplayTrace] = field(default=())
+    trace_bytes: int = 32 << 20
+
+    def trace(self, name: str, proc: int) -> TraceWriter:
+        """The event file of this process: ``events/NAME.bin`` in the run directory."""
+        folder = self.run_dir / "events"
+        folder.mkdir(exist_ok=True)
+        return TraceWriter(folder / f"{name}.bin", proc, capacity_bytes=self.trace_bytes)
+
+    def vm_of_cpu(self, cpu: int) -> tuple[int, int]:
+        """(vm index, vcpu_id) of global vCPU ``cpu``."""
+        first = 0
+        for v, vm in enumerate(self.topology.vm):
+            if cpu < first + vm.vcpus:
+                return v, cpu - first
+            first += vm.vcpus
+        raise ValueError(f"vCPU {cpu}: the topology has {first}")
+
+    def first_cpu(self, vm: int) -> int:
+        """Global number of vcpu_id 0 of a VM."""
+        return sum(v.vcpus for v in self.topology.vm[:vm])

@@ -1,0 +1,102 @@
+"""The reference page of topologies, docs/topology.md, from the schema.
+
+Purpose: `reference_page` is the page; a test holds the file in docs/ to it.
+
+Invariants: every key of every table appears, with the default and the range that the loader uses.
+
+Not handled here: writing the file, which is `python -m proto.topology > docs/topology.md`.
+"""
+
+from __future__ import annotations
+
+from proto.schema import markdown_table
+from proto.topology_keys import ALLOWANCE_SPARE_PAGES, PAIRS, Host, Run, Swapd, Task, Vm
+from proto.units import ASYNC_PF_PER_VCPU
+
+_PAGE_HEAD = """\
+# Topologies
+
+A topology is a TOML file that describes one run: the host, its guests and its swap daemons. This page is
+printed from `proto/topology_keys.py` by `python -m proto.topology`; edit the keys there, not the page.
+
+Every key has a default, and an empty file is a valid topology. Units are part of the names. Whole numbers
+may be written as `2e6`. An unknown or misspelt key, a wrong type, a value out of range and a key that does
+not apply to the chosen workload or model are refused before anything starts.
+
+```toml
+[run]
+description = "two tasks on two vCPUs, half of their memory swapped out"
+
+[host]
+allowance_mib = 64
+
+[[vm]]
+vcpus = 2
+memory_mib = 256
+
+[[vm.task]]
+workload = "zipf"
+count = 2
+memory_kib = 65536
+
+[[swapd]]
+model = "ssd"
+```
+
+## From the command line
+
+`--set PATH=VALUE` changes one key: `--set host.allowance_mib=32`. Without an index the name of a list means
+every entry (`--set vm.vcpus=8`); with one, that entry, counted from 0
+(`--set vm.0.task.1.memory_kib=4096`). Values are written as in TOML; a bare word is a string
+(`--set swapd.model=ssd`). If the new workload or model has no use for a key of the file, the file's key is
+left out. `--mode`, `--profile`, `--seconds` and `--seed` set the keys of `[run]` and win over `--set`.
+
+## Modes and profiles
+
+| mode | profiles, the default first |
+|---|---|
+"""
+
+_MODES = """
+`sync`: the vCPU waits in the host. `halt`: the host halts the vCPU, interrupts still reach it. `exception`:
+page faults tell the guest both that a page is missing and that it is there. `interrupt`: a page fault tells
+that it is missing, an interrupt that it is there. Every other pair is refused.
+"""
+
+
+def reference_page() -> str:
+    """The text of docs/topology.md."""
+    pairs = "".join(f"| `{mode}` | {', '.join(profiles)} |\n" for mode, profiles in PAIRS.items())
+    parts = [_PAGE_HEAD, pairs, _MODES]
+    for title, cls, note in (
+        ("`[run]`", Run, ""),
+        ("`[host]`", Host, _host_note()),
+        ("`[[vm]]`, one for each guest", Vm, _VM_NOTE),
+        ("`[[vm.task]]`, one or more in each guest", Task, _TASK_NOTE),
+        ("`[[swapd]]`, one for each swap daemon", Swapd, _SWAPD_NOTE),
+    ):
+        parts.append(f"\n## {title}\n\n{markdown_table(cls)}{note}")
+    return "".join(parts)
+
+
+def _host_note() -> str:
+    return (
+        f"\n`allowance_mib` must also give each vCPU {ASYNC_PF_PER_VCPU} pages to read into, and"
+        f" {ALLOWANCE_SPARE_PAGES} pages beside them.\n"
+    )
+
+
+_VM_NOTE = """
+The four `_cost_ns` keys are assumptions, of the size of such costs on recent x86 servers; they are not
+measured by the emulator. Set them to 0 to see the protocol alone, or to your own measurements. The tasks of
+a guest, their page tables included, must fit its memory (the footprint of traces is checked when they are
+opened).
+"""
+_TASK_NOTE = """
+A guest without a `[[vm.task]]` gets one with the defaults. `stamp` checks every word it reads; for
+the other workloads only the checksum of each page at swap-in is checked.
+"""
+_SWAPD_NOTE = """
+A topology without a `[[swapd]]` gets one with the defaults. A model delays the completion of the real read
+and never replaces it.
+"""
