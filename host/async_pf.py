@@ -1,0 +1,204 @@
+"""The architecture-independent core of asynchronous page faults (KVM: virt/kvm/async_pf.c; spec §3.2, §3.3, §1.8).
+
+One `AsyncPf` per vCPU: work items from set-up to dequeue. What an architecture adds (how a vCPU is told, when it may be told) is
+behind `ArchHooks`; host/x86.py implements them.
+
+Ownership (spec §0.7): ``queue`` and ``queued`` belong to the vCPU's thread; ``done`` is appended to by workers and popped by the
+vCPU's thread. Here both are paths of one machine, and a simulated world may switch between them at every named step.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from host.events import CancelFetch, Fetch
+from host.observe import Observer
+from proto.machine import Path
+from proto.profile import Profile
+from proto.stats import HostCounter
+from proto.trace import Kind
+from proto.units import TOKEN_WAKE_ALL
+
+
+class Work:
+    """One asynchronous fault (or the wake-all pseudo completion)."""
+
+    __slots__ = (
+        "announced",
+        "arrived",
+        "cr3",
+        "gfn",
+        "gpa",
+        "gva",
+        "hvp",
+        "id",
+        "token",
+        "wakeup_all",
+        "write",
+    )
+
+    def __init__(
+        self,
+        ident: int,
+        token: int,
+        *,
+        gpa: int = 0,
+        gva: int = 0,
+        hvp: int = -1,
+        cr3: int = 0,
+        write: bool = False,
+    ) -> None:
+        self.id = ident
+        self.token = token
+        self.gpa = gpa
+        self.gva = gva
+        self.gfn = gpa >> 12
+        self.hvp = hvp
+        """Host virtual page at set-up: the worker fetches this one, whatever the slots are by then (spec §1.16)."""
+        self.cr3 = cr3
+        self.write = write
+        self.wakeup_all = token == TOKEN_WAKE_ALL
+        self.announced = False
+        """The not-present event was really injected (notpresent_injected)."""
+        self.arrived = False
+
+
+class ArchHooks(Protocol):
+    """What the core needs from the architecture."""
+
+    def not_present(self, work: Work) -> Path:
+        """Tell the guest, or arrange the synthetic halt. Sets work.announced."""
+        ...
+
+    def present_queued(self) -> None:
+        """The done list became non-empty."""
+        ...
+
+    def can_dequeue(self) -> Path:
+        """Whether a completion may be handed over now; returns bool."""
+        ...
+
+    def page_ready(self, work: Work) -> Path:
+        """Retry the fault before entry (prefault)."""
+        ...
+
+    def page_present(self, work: Work) -> Path:
+        """Tell the guest that the page is there."""
+        ...
+
+
+class AsyncPf:
+    """Queue, done list and their rules for one vCPU."""
+
+    __slots__ = (
+        "_arch",
+        "_cpu",
+        "_emit",
+        "_next_work",
+        "_obs",
+        "_profile",
+        "_vcpu_id",
+        "_vm",
+        "done",
+        "queue",
+        "queued",
+    )
+
+    def __init__(
+        self, cpu: int, vm: int, vcpu_id: int, profile: Profile, arch: ArchHooks, emit: Callable[[object], None],
+        observer: Observer,
+    ) -> None:  # fmt: skip
+        self._cpu = cpu
+        self._vm = vm
+        self._vcpu_id = vcpu_id
+        self._profile = profile
+        self._arch = arch
+        self._emit = emit
+        self._obs = observer
+        self._next_work = 1
+        self.queue: dict[int, Work] = {}
+        self.done: deque[Work] = deque()
+        self.queued = 0
+
+    def setup(self, work_args: Work) -> Path:
+        """Queue one fault and start its worker; returns False when it must be handled synchronously (spec §3.2)."""
+        work = work_args
+        if self._profile.limit and self.queued >= self._profile.limit:
+            self._trace(Kind.SETUP_FAIL, work, a=1, b=work.gfn)
+            self._obs.count(HostCounter.SETUP_FAILED)
+            return False
+        work.id = self._next_work
+        self._next_work += 1
+        self.queue[work.id] = work
+        self.queued += 1
+        yield "setup.queued"
+        if self._profile.announce_before_fetch:
+            yield from self._arch.not_present(work)
+            yield "setup.announced"
+            self._emit(Fetch(self._cpu, work.id, work.hvp))
+        else:
+            self._emit(Fetch(self._cpu, work.id, work.hvp))
+            yield "setup.fetching"
+            yield from self._arch.not_present(work)
+        return True
+
+    def completed(self, work_id: int) -> Path:
+        """The worker's tail: append to the done list, then say so (spec §3.3). Unknown ids were cancelled."""
+        work = self.queue.get(work_id)
+        if work is None:
+            return
+        work.arrived = True
+        first = not self.done
+        self.done.append(work)
+        yield "worker.appended"
+        if first:
+            self._arch.present_queued()
+        yield "worker.queued"
+        self._trace(Kind.ASYNC_PF_COMPLETED, work, a=work.hvp << 12, b=work.gpa)
+
+    def check_completion(self, at_most: int = 1 << 30) -> Path:
+        """Hand over completions, in done-list order (I23), while the guest can take them; returns how many."""
+        handed = 0
+        while self.done and handed < at_most:
+            free = yield from self._arch.can_dequeue()
+            if not free:
+                break
+            work = self.done.popleft()
+            yield "dequeue.popped"
+            yield from self._arch.page_ready(work)
+            yield "dequeue.prefaulted"
+            yield from self._arch.page_present(work)
+            self.queue.pop(work.id, None)
+            self.queued -= 1
+            handed += 1
+        return handed
+
+    def wakeup_all(self) -> None:
+        """Queue the broadcast pseudo completion, unless something is done already (spec §0.3, §1.16)."""
+        if self.done:
+            return
+        self.done.append(Work(0, TOKEN_WAKE_ALL))
+        self.queued += 1
+        self._arch.present_queued()
+
+    def clear(self, why: int) -> None:
+        """Forget everything without telling the guest (disable, reset, power down)."""
+        for work in self.queue.values():
+            self._trace(Kind.CANCEL, work, a=why, b=work.gfn)
+            if not work.arrived:
+                self._emit(CancelFetch(self._cpu, work.id, work.hvp))
+        self.queue.clear()
+        self.done.clear()
+        self.queued = 0
+
+    def drop_done(self, work: Work) -> None:
+        """v3's elision: the page came before its not-present event was delivered (spec §1.8)."""
+        self.done.remove(work)
+        self.queue.pop(work.id, None)
+        self.queued -= 1
+        self._obs.count(HostCounter.ELIDED)
+
+    def _trace(self, kind: Kind, work: Work, a: int = 0, b: int = 0) -> None:
+        self._obs.trace(kind, vcpu=self._vcpu_id, vm=self._vm, token=work.token, a=a, b=b)

@@ -1,0 +1,275 @@
+"""What the host's machines tell each other: vcpu machines, the vm machine and the swap machine share nothing but these records.
+
+`ask` numbers belong to the asking vcpu machine; an `Answer` with the same number ends its path's wait.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple
+
+from proto.wire import Entry, Exit
+
+
+class Gup(IntEnum):
+    """How far a get_user_pages request may go (the ladder, spec §1.5, §1.6)."""
+
+    NOWAIT = 0
+    """Fast and no-I/O rungs only; `Found.NEEDS_IO` otherwise."""
+    WAIT = 1
+    """All rungs: the asking vCPU is held until the page is mapped."""
+    PREFAULT = 2
+    """As NOWAIT, on behalf of a completed async fault: never starts anything (I18)."""
+
+
+class Found(IntEnum):
+    """Answer to a get_user_pages request."""
+
+    FAST = 0
+    """Was in memory (mapped, or in the swap cache with its frame)."""
+    ZERO_FILL = 1
+    SWAP_CACHE = 2
+    """The page was on its way out and was taken back without I/O."""
+    SWAPPED_IN = 3
+    NEEDS_IO = 4
+    NO_SLOT = 5
+    """No memslot there."""
+    BAD = 6
+    """Could not be read from swap: hardware poison."""
+
+
+# ---- vcpu machine -> vm machine --------------------------------------------------------------------------
+class GetPage(NamedTuple):
+    """Map the page behind ``gfn`` for the guest."""
+
+    cpu: int
+    ask: int
+    vm: int
+    gfn: int
+    write: bool
+    how: Gup
+
+
+class Translate(NamedTuple):
+    """gfn -> host virtual page through the current memslots; answer: Hvp or -1."""
+
+    cpu: int
+    ask: int
+    vm: int
+    gfn: int
+
+
+class Fetch(NamedTuple):
+    """The worker of an async fault: bring host virtual page ``hvp`` into memory for write, whatever maps it by then (spec §3.3)."""
+
+    cpu: int
+    work: int
+    hvp: int
+
+
+class CancelFetch(NamedTuple):
+    """The vCPU forgot this work; no `Fetched` is wanted any more. The read itself goes on."""
+
+    cpu: int
+    work: int
+    hvp: int
+
+
+class GuestRead32(NamedTuple):
+    """Host access to guest memory (the shared area); answer: the word, or -1 when no slot backs it."""
+
+    cpu: int
+    ask: int
+    vm: int
+    gpa: int
+
+
+class GuestWrite32(NamedTuple):
+    """Host access to guest memory; answer True, or False when no slot backs it."""
+
+    cpu: int
+    ask: int
+    vm: int
+    gpa: int
+    value: int
+
+
+# ---- vm machine -> vcpu machine --------------------------------------------------------------------------
+class Answer(NamedTuple):
+    """Answer to a request of ``cpu``. ``waited``: the vCPU was held for I/O or for a free frame."""
+
+    cpu: int
+    ask: int
+    value: int
+    waited: bool
+
+
+class Fetched(NamedTuple):
+    """The worker of ``work`` is done; done does not mean present (spec §3.3)."""
+
+    cpu: int
+    work: int
+
+
+# ---- shell -> vcpu machine -------------------------------------------------------------------------------
+class ExitTaken(NamedTuple):
+    """The vCPU left guest mode."""
+
+    record: Exit
+
+
+class TimerDue(NamedTuple):
+    """The guest's timer tick is due while its vCPU is held in the host."""
+
+    cpu: int
+    generation: int
+
+
+class Interrupt(NamedTuple):
+    """An interrupt for this vCPU's LAPIC (IPI from another vCPU)."""
+
+    cpu: int
+    vector: int
+
+
+class Poke(NamedTuple):
+    """Run-wide news in shared memory (barrier opened, stop): wake the vCPU wherever it is."""
+
+    cpu: int
+
+
+# ---- vcpu machine -> shell -------------------------------------------------------------------------------
+class Enter(NamedTuple):
+    """Send the entry record."""
+
+    cpu: int
+    record: Entry
+
+
+class KickVcpu(NamedTuple):
+    """Send a KICK, then ring the doorbell."""
+
+    cpu: int
+    request: int
+
+
+class SetTimer(NamedTuple):
+    """Deliver `TimerDue` at ``deadline_ns`` unless a newer generation was set."""
+
+    cpu: int
+    generation: int
+    deadline_ns: int
+
+
+class SendIpi(NamedTuple):
+    """Interrupt ``vector`` to vcpu_id ``target`` of VM ``vm``."""
+
+    vm: int
+    target: int
+    vector: int
+
+
+class AtBarrier(NamedTuple):
+    """Tasks of ``vm`` that wait at the start barrier, as its kernel counts them."""
+
+    vm: int
+    tasks: int
+
+
+class PoweredDown(NamedTuple):
+    """The vCPU has nothing left to run."""
+
+    cpu: int
+
+
+# ---- vm machine <-> swap machine -------------------------------------------------------------------------
+class SwapIn(NamedTuple):
+    """Read ``slot`` into landing frame ``frame`` for host virtual page ``hvp``."""
+
+    hvp: int
+    slot: int
+    frame: int
+
+
+class SwapOut(NamedTuple):
+    """Write ``frame`` (checksum ``xxh3``) for ``hvp``, into ``slot`` again or into a new one (-1). ``serial`` names the attempt."""
+
+    serial: int
+    hvp: int
+    frame: int
+    slot: int
+    xxh3: int
+
+
+class SlotFree(NamedTuple):
+    """Nobody needs what is in ``slot`` any more."""
+
+    slot: int
+
+
+class SwapInDone(NamedTuple):
+    """``ok``: the bytes in ``frame`` came from the device; ``xxh3`` is the sum that the write recorded."""
+
+    hvp: int
+    slot: int
+    frame: int
+    ok: bool
+    xxh3: int
+
+
+class SwapOutDone(NamedTuple):
+    """``ok``: ``slot`` holds the page. Not ok: the page stays in memory; ``full`` when there was no slot."""
+
+    serial: int
+    hvp: int
+    slot: int
+    frame: int
+    ok: bool
+    full: bool
+
+
+# ---- shell <-> vm machine, swap machine ------------------------------------------------------------------
+class LookAtGrace(NamedTuple):
+    """Look whether flush acknowledgements have come in; reclaim goes on from there."""
+
+
+class IoReply(NamedTuple):
+    """One reply of a daemon."""
+
+    daemon: int
+    epoch: int
+    request: int
+    result: int
+    service_ns: int
+
+
+class DaemonUp(NamedTuple):
+    """A daemon said HELLO with this epoch."""
+
+    daemon: int
+    epoch: int
+
+
+class DaemonLost(NamedTuple):
+    """Its process has ended; its I/O may still land."""
+
+    daemon: int
+    epoch: int
+
+
+class DaemonFenced(NamedTuple):
+    """No I/O of that epoch can land any more."""
+
+    daemon: int
+    epoch: int
+
+
+class SendIo(NamedTuple):
+    """One request for a daemon; the shell puts what one round produced into one message."""
+
+    daemon: int
+    epoch: int
+    request: int
+    op: int
+    slot: int
+    frame: int

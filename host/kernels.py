@@ -1,0 +1,159 @@
+"""Jitted inner loops of the host: what walks over pages or touches their bytes.
+
+Arrays are those of `host.memory.HostMemory`; their naive twins are in the tests. Indices come from the host's own tables, which the
+callers keep in range. Numba turns uint64 combined with a signed integer into a float, so table words are wrapped by `u64`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from proto.atomics import load
+from proto.jit import kernel
+from proto.layout import MODE_IN_GUEST, NPT_A, NPT_D, NPT_P, VP_STATE
+from proto.pagetable import npt_clear, npt_get, npt_set, npt_test_clear_accessed
+from proto.units import WORDS_PER_PAGE
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+u64 = np.uint64
+
+# states of a host virtual page (HPT_*): the truth behind every nested entry
+HPT_NONE: Final = 0
+"""Never touched (or its zero-filled page was dropped untouched)."""
+HPT_ZERO: Final = 1
+"""Known to be all zeros, no slot, no frame."""
+HPT_RESIDENT: Final = 2
+HPT_SLOT: Final = 3
+"""On a swap slot only."""
+HPT_READING: Final = 4
+"""Swap-in under way into `frame`, the landing frame; -1 while none is free."""
+HPT_EVICT: Final = 5
+"""Unmapped, waiting for the flush acknowledgements; the frame still holds it."""
+HPT_WRITING: Final = 6
+"""Write-back under way; the frame still holds it."""
+HPT_BAD: Final = 7
+"""Unreadable: poisoned."""
+
+F_DIRTY: Final = 1
+"""Contents differ from the slot (or there is no slot)."""
+F_ZEROED: Final = 2
+"""Zero-filled by the host and not known to be written since."""
+F_WRITEBACK: Final = 4
+"""Resident again, read-only, while its write-back is still under way."""
+F_YOUNG: Final = 8
+"""Came in for somebody who has not touched it yet: survives one pass of the clock."""
+
+
+@kernel
+def zero_frame(frames: NDArray[np.uint64], frame: int) -> None:
+    """Fill one 4 KiB frame with zeros."""
+    base = frame * WORDS_PER_PAGE
+    for i in range(WORDS_PER_PAGE):
+        frames[base + i] = u64(0)
+
+
+@kernel
+def frame_is_zero(frames: NDArray[np.uint64], frame: int) -> bool:
+    """Whether all 4096 bytes are zero."""
+    base = frame * WORDS_PER_PAGE
+    for i in range(WORDS_PER_PAGE):  # noqa: SIM110 - Numba compiles no generator expression
+        if frames[base + i] != u64(0):
+            return False
+    return True
+
+
+@kernel
+def populate(
+    frames: NDArray[np.uint64],
+    npt: NDArray[np.uint64],
+    state: NDArray[np.uint8],
+    frame_of: NDArray[np.int32],
+    flags: NDArray[np.uint8],
+    owner: NDArray[np.int32],
+    free: NDArray[np.int32],
+    free_count: int,
+    first_hvp: int,
+    count: int,
+    first_gfn: int,
+) -> int:
+    """Zero-fill and map the never-touched pages of a block; returns the new number of free frames.
+
+    ``free[:free_count]`` is the stack of free frames. Takes as many as the block needs; the caller made sure that they are there.
+    """
+    for i in range(count):
+        hvp = first_hvp + i
+        if state[hvp] != HPT_NONE or free_count == 0:
+            continue
+        free_count -= 1
+        frame = free[free_count]
+        zero_frame(frames, frame)
+        owner[frame] = hvp
+        state[hvp] = HPT_RESIDENT
+        frame_of[hvp] = frame
+        flags[hvp] = F_ZEROED
+        npt_set(npt, first_gfn + i, frame, True)
+    return free_count
+
+
+@kernel
+def pick_victims(
+    npt: NDArray[np.uint64],
+    state: NDArray[np.uint8],
+    flags: NDArray[np.uint8],
+    first_hvp: int,
+    pages: int,
+    first_gfn: int,
+    hand: int,
+    want: int,
+    out: NDArray[np.int64],
+) -> tuple[int, int]:
+    """Second chance over one memslot: unmap up to ``want`` pages that were not accessed since the hand last passed.
+
+    Returns (new hand, number of victims); ``out[:n]`` are their hvps. Two full turns at the most, so that a memslot whose pages were
+    all accessed still yields. The dirty bit of the cleared entry is final: walkers set it only on a present entry.
+    """
+    found = 0
+    steps = 0
+    while found < want and steps < 2 * pages:
+        hvp = first_hvp + hand
+        gfn = first_gfn + hand
+        hand += 1
+        if hand == pages:
+            hand = 0
+        steps += 1
+        if state[hvp] != HPT_RESIDENT or (flags[hvp] & F_WRITEBACK) != 0:
+            continue
+        if (flags[hvp] & F_YOUNG) != 0:
+            flags[hvp] &= 255 - F_YOUNG
+            continue
+        entry = npt_get(npt, gfn)
+        if (entry & u64(NPT_P)) != u64(0):
+            if (entry & u64(NPT_A)) != u64(0) and npt_test_clear_accessed(npt, gfn):
+                continue
+            entry = npt_clear(npt, gfn)
+            if (entry & u64(NPT_D)) != u64(0):
+                flags[hvp] = (flags[hvp] | F_DIRTY) & (255 - F_ZEROED)
+        state[hvp] = HPT_EVICT
+        out[found] = hvp
+        found += 1
+    return hand, found
+
+
+@kernel
+def grace_generation(vcpus: NDArray[np.uint64], first: int, count: int, current: int) -> int:
+    """The oldest flush generation that some vCPU of the VM may still run with.
+
+    A vCPU outside guest mode holds no translation that it will not flush at entry, so it counts as ``current``. ``vcpus`` is the
+    segment of vCPU pages (512 words each), ``first``/``count`` the VM's global vCPU numbers.
+    """
+    oldest = u64(current)
+    for cpu in range(first, first + count):
+        word = load(vcpus, cpu * 512 + VP_STATE)
+        if (word & u64(3)) == u64(MODE_IN_GUEST):
+            seen = word >> u64(2)
+            oldest = min(oldest, seen)
+    return oldest  # type: ignore[return-value]

@@ -1,0 +1,541 @@
+"""The host process: one loop that turns messages and timers into events, and effects into messages.
+
+It owns the machines (one per vCPU, the vm machine, the swap machine), the ROUTER socket, the timers and the run's clock (barrier,
+stop, end). It decides nothing about pages or faults.
+
+Bad input never ends it: a message that cannot be decoded, comes from a stranger, or does not fit the sender's state is counted and
+answered with NACK. Our own bugs (MachineError) do end it, loudly.
+"""
+
+from __future__ import annotations
+
+import gc
+import heapq
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import numpy as np
+import zmq
+
+from host import events as ev
+from host.memory import HostMemory, VmMemory
+from host.swap import SwapMachine
+from host.vcpu import VcpuMachine, Where
+from host.vm import Limits, Memslot, VmMachine
+from proto import atomics, link, wire
+from proto.layout import (
+    CTL_ABORT,
+    CTL_BARRIER,
+    CTL_START_NS,
+    CTL_STOP,
+    K_TASKS,
+    VP_DOORBELL,
+)
+from proto.profile import PROFILES
+from proto.run import PROC_HOST, RunContext
+from proto.stats import HostCounter, HostHist, StatsBlock, host_block
+from proto.topology import Topology
+from proto.trace import Kind, TraceWriter
+from proto.units import PAGE_SIZE
+from proto.wire import OP_WRITE, Message, Nack, WireError
+
+DRAIN_MAX: Final = 64
+"""Messages taken before the effects go out: bounds how long an answer may wait for its batch."""
+GRACE_POLL_MS: Final = 1
+IDLE_POLL_MS: Final = 200
+PING_EVERY_NS: Final = 500_000_000
+PONG_BOUND_NS: Final = 5_000_000_000
+"""A daemon that answers no heartbeat for this long is reported for a restart: ten beats, far above any scheduling delay seen."""
+WORDS: Final = 512
+
+
+class ShellObserver:
+    """Counters in the stats segment, events in the trace file."""
+
+    __slots__ = ("stats", "writer")
+
+    def __init__(self, stats: StatsBlock, writer: TraceWriter) -> None:
+        self.stats = stats
+        self.writer = writer
+
+    def count(self, counter: HostCounter, n: int = 1) -> None:
+        """See host.observe.Observer."""
+        self.stats.add(counter, n)
+
+    def gauge(self, counter: HostCounter, value: int) -> None:
+        """See host.observe.Observer."""
+        self.stats.set(counter, value)
+
+    def record(self, hist: HostHist, value_ns: int) -> None:
+        """See host.observe.Observer."""
+        self.stats.record(hist, value_ns)
+
+    def trace(
+        self, kind: Kind, *, vcpu: int = 0, vm: int = 0, token: int = 0, a: int = 0, b: int = 0, c: int = 0
+    ) -> None:
+        """See host.observe.Observer."""
+        self.writer.event(kind, vcpu, vm, token, a, b, c)
+
+
+def memslots(topology: Topology) -> list[Memslot]:
+    """One memslot per VM, host virtual pages one VM after the other."""
+    slots = []
+    base = 0
+    for v, vm in enumerate(topology.vm):
+        pages = vm.memory_mib * 256
+        slots.append(Memslot(v, 0, pages, base))
+        base += pages
+    return slots
+
+
+def water_marks(topology: Topology) -> Limits:
+    """Water marks of the topology in frames; the low mark never below what one batch of landing frames needs."""
+    frames = topology.allowance_pages
+    host = topology.host
+    low = max(16, int(frames * host.low_water_percent / 100))
+    high = max(low + 16, int(frames * host.high_water_percent / 100))
+    return Limits(low, high, host.populate_pages, host.zero_pages)
+
+
+class Daemon:
+    """What the shell knows of a daemon's link."""
+
+    __slots__ = ("epoch", "identity", "last_pong_ns", "pages_in_messages", "ping_nonce", "reported", "up")
+
+    def __init__(self, pages_in_messages: bool) -> None:
+        self.pages_in_messages = pages_in_messages
+        self.identity = b""
+        self.epoch = -1
+        self.up = False
+        self.last_pong_ns = 0
+        self.ping_nonce = 0
+        self.reported = False
+
+
+class HostShell:
+    """See the module docstring. `loop` returns when the launcher says BYE or the run is aborted."""
+
+    def __init__(self, ctx: RunContext) -> None:
+        self.ctx = ctx
+        self.topology = ctx.topology
+        self.control = ctx.segments["control"].u64
+        self.vcpu_pages = ctx.segments["vcpus"].u64
+        self.writer = ctx.trace("host", PROC_HOST)
+        self.obs = ShellObserver(host_block(ctx.segments["stats"].u64), self.writer)
+        self._machines()
+        self._sockets()
+        self.timers: list[tuple[int, int, int]] = []
+        self.routed: deque[tuple[Any, Any]] = deque()
+        self.io: dict[int, list[ev.SendIo]] = {}
+        self.at_barrier: dict[int, int] = {}
+        self.powered_down = 0
+        self.stop_at_ns = 0
+        self.started = False
+        self.stopped = False
+        self.finished = False
+        self.leaving = False
+        self.launcher: bytes | None = None
+        self.next_ping_ns = 0
+        self.cpu_identity = [link.vcpu_identity(cpu) for cpu in range(self.topology.total_vcpus)]
+        self._effects: dict[type[Any], Callable[[Any], None]] = {
+            ev.Enter: self._enter,
+            ev.KickVcpu: self._kick,
+            ev.SetTimer: lambda e: heapq.heappush(self.timers, (e.deadline_ns, e.cpu, e.generation)),
+            ev.SendIpi: self._ipi,
+            ev.AtBarrier: self._at_barrier,
+            ev.PoweredDown: self._powered_down,
+            ev.SendIo: lambda e: self.io.setdefault(e.daemon, []).append(e),
+            ev.GetPage: self._to_vm,
+            ev.Translate: self._to_vm,
+            ev.Fetch: self._to_vm,
+            ev.CancelFetch: self._to_vm,
+            ev.GuestRead32: self._to_vm,
+            ev.GuestWrite32: self._to_vm,
+            ev.Answer: lambda e: self.routed.append((self.vcpus[e.cpu], e)),
+            ev.Fetched: lambda e: self.routed.append((self.vcpus[e.cpu], e)),
+            ev.SwapIn: self._to_swap,
+            ev.SwapOut: self._to_swap,
+            ev.SlotFree: self._to_swap,
+            ev.SwapInDone: self._to_vm,
+            ev.SwapOutDone: self._to_vm,
+        }
+        self._messages: dict[
+            type[Any], Callable[[tuple[str, int, int], bytes, Any, Sequence[bytes]], None]
+        ] = {
+            wire.Hello: self._hello,
+            wire.Exit: self._exit,
+            wire.IoDone: self._io_done,
+            wire.Pong: self._pong,
+            wire.NackMsg: self._nacked,
+            wire.DaemonDown: self._daemon_down,
+            wire.DaemonFenced: self._daemon_fenced,
+            wire.DaemonGone: self._daemon_gone,
+            wire.Stop: self._stop_message,
+            wire.Bye: self._bye,
+        }
+
+    def _machines(self) -> None:
+        topology, segments = self.topology, self.ctx.segments
+        vms = [
+            VmMemory(
+                segments[f"npt-{v}"].u64,
+                self.control[(1 + v) * WORDS : (2 + v) * WORDS],
+                self.ctx.first_cpu(v),
+                vm.vcpus,
+            )
+            for v, vm in enumerate(topology.vm)
+        ]
+        self.memory = HostMemory(segments["frames"].u64, self.vcpu_pages, vms)
+        self.vm = VmMachine(self.memory, memslots(topology), water_marks(topology), self.obs)
+        self.swap = SwapMachine([f.slots for f in self.ctx.swap_files], self.obs)
+        profile = PROFILES[topology.run.profile]
+        host_async = topology.run.mode != "sync"
+        self.vcpus = []
+        for cpu in range(topology.total_vcpus):
+            vm, vcpu_id = self.ctx.vm_of_cpu(cpu)
+            self.vcpus.append(VcpuMachine(cpu, vm, vcpu_id, profile, host_async, self.obs))
+        self.daemons = [Daemon(d.transport == "tcp") for d in topology.swapd]
+
+    def _sockets(self) -> None:
+        link.raise_descriptor_limit(64 + 4 * self.topology.total_vcpus)
+        self.context = link.new_context()
+        self.router = link.bind_router(self.context, self.ctx.endpoint)
+        if self.ctx.tcp_endpoint:
+            self.router.bind(self.ctx.tcp_endpoint)
+        self.poller = zmq.Poller()
+        self.poller.register(self.router, zmq.POLLIN)
+
+    # -- the loop ------------------------------------------------------------------------------------------
+    def loop(self) -> None:
+        """Until BYE or abort."""
+        while not self.leaving and not self.control[CTL_ABORT]:
+            now = time.monotonic_ns()
+            if self.poller.poll(self._timeout_ms(now)):
+                self._drain()
+            now = time.monotonic_ns()
+            self._due(now)
+            if self.vm.grace_pending:
+                self._feed(self.vm, ev.LookAtGrace())
+            self._route()
+            self._send_io()
+            self.obs.gauge(HostCounter.SLOTS_USED, self.swap.slots_used)
+            self.obs.gauge(HostCounter.OUTSTANDING, self.swap.outstanding)
+
+    def _timeout_ms(self, now: int) -> int:
+        if self.vm.grace_pending:
+            return GRACE_POLL_MS
+        due = now + IDLE_POLL_MS * 1_000_000
+        if self.timers:
+            due = min(due, self.timers[0][0])
+        if self.started and not self.stopped:
+            due = min(due, self.stop_at_ns)
+        return max(0, -(-(due - now) // 1_000_000))
+
+    def _drain(self) -> None:
+        for _ in range(DRAIN_MAX):
+            try:
+                parts = self.router.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._receive(parts)
+            self._route()
+
+    def _due(self, now: int) -> None:
+        while self.timers and self.timers[0][0] <= now:
+            _, cpu, generation = heapq.heappop(self.timers)
+            self._feed(self.vcpus[cpu], ev.TimerDue(cpu, generation))
+        if self.started and not self.stopped and now >= self.stop_at_ns:
+            self._stop("time")
+        if now >= self.next_ping_ns:
+            self.next_ping_ns = now + PING_EVERY_NS
+            self._heartbeat(now)
+
+    def _feed(self, machine: Any, event: Any) -> None:
+        self.routed.append((machine, event))
+
+    def _route(self) -> None:
+        """Hand events to machines and perform what they answer, until nobody has anything to say."""
+        now = time.monotonic_ns()
+        routed, effects = self.routed, self._effects
+        while routed:
+            machine, event = routed.popleft()
+            for effect in machine.on((event,), now):
+                effects[type(effect)](effect)
+
+    def _to_vm(self, event: Any) -> None:
+        self.routed.append((self.vm, event))
+
+    def _to_swap(self, event: Any) -> None:
+        self.routed.append((self.swap, event))
+
+    # -- receiving -----------------------------------------------------------------------------------------
+    def _receive(self, parts: list[bytes]) -> None:
+        identity = parts[0]
+        peer = link.parse_identity(identity)
+        if peer is None or len(parts) < 2:
+            self._refuse(identity, WireError(Nack.STRANGER, "not a peer of this run"))
+            return
+        try:
+            message = wire.decode(parts[1])
+            self._messages.get(type(message), self._not_expected)(peer, identity, message, parts[2:])
+        except WireError as error:
+            self._refuse(identity, error)
+
+    def _refuse(self, identity: bytes, error: WireError) -> None:
+        self.obs.count(HostCounter.BAD_MESSAGES)
+        self._send(identity, wire.NackMsg(error.code, error.kind, error.text))
+
+    def _not_expected(
+        self, peer: tuple[str, int, int], identity: bytes, message: Message, extra: Sequence[bytes]
+    ) -> None:  # all handlers have these four
+        raise WireError(Nack.NOT_EXPECTED, f"{type(message).__name__} is not for the host")
+
+    def _hello(
+        self, peer: tuple[str, int, int], identity: bytes, message: wire.Hello, _: Sequence[bytes]
+    ) -> None:
+        kind, number, epoch = peer
+        if kind == "L":
+            self.launcher = identity
+            self._send(identity, wire.HostReady(os.getpid()))
+        elif kind == "V" and message.role == wire.Role.VCPU and number < len(self.vcpus):
+            self._send(identity, wire.Welcome(0, 0))
+        elif kind == "S" and message.role == wire.Role.SWAPD and number < len(self.daemons):
+            self._daemon_hello(number, epoch, identity)
+        else:
+            raise WireError(Nack.STRANGER, f"no {kind}{number} in this run")
+
+    def _daemon_hello(self, number: int, epoch: int, identity: bytes) -> None:
+        daemon = self.daemons[number]
+        if epoch <= daemon.epoch or (daemon.up and epoch != daemon.epoch):
+            raise WireError(
+                Nack.STALE_EPOCH, f"daemon {number}: epoch {epoch}, the current one is {daemon.epoch}"
+            )
+        daemon.identity, daemon.epoch, daemon.up = identity, epoch, True
+        daemon.last_pong_ns = time.monotonic_ns()
+        daemon.reported = False
+        self._send(identity, wire.Welcome(epoch, self._model_on(number)))
+        self._feed(self.swap, ev.DaemonUp(number, epoch))
+
+    def _model_on(self, number: int) -> int:
+        return int(self.started or not self.topology.swapd[number].model_from_barrier)
+
+    def _exit(
+        self, peer: tuple[str, int, int], identity: bytes, message: wire.Exit, _: Sequence[bytes]
+    ) -> None:
+        kind, cpu, _epoch = peer
+        if kind != "V" or cpu >= len(self.vcpus):
+            raise WireError(Nack.STRANGER, "EXIT from a peer that is no vCPU")
+        machine = self.vcpus[cpu]
+        if not machine.expects_exit():
+            raise WireError(Nack.NOT_EXPECTED, f"vCPU {cpu} was not entered", wire.Kind.EXIT)
+        if message.reason not in _EXIT_REASONS:
+            raise WireError(Nack.FIELD, f"exit reason {message.reason} is unknown", wire.Kind.EXIT)
+        self.writer.observe(message.lamport)
+        self._feed(machine, ev.ExitTaken(message))
+
+    def _io_done(
+        self, peer: tuple[str, int, int], identity: bytes, message: wire.IoDone, extra: Sequence[bytes]
+    ) -> None:
+        kind, number, epoch = peer
+        if kind != "S" or number >= len(self.daemons):
+            raise WireError(Nack.STRANGER, "IO_DONE from a peer that is no daemon")
+        daemon = self.daemons[number]
+        if epoch != daemon.epoch or message.epoch != epoch or not daemon.up:
+            self.obs.count(HostCounter.STALE_REPLIES, len(message.records))
+            raise WireError(Nack.STALE_EPOCH, f"epoch {message.epoch}", wire.Kind.IO_DONE)
+        daemon.last_pong_ns = time.monotonic_ns()
+        self.writer.observe(message.lamport)
+        if daemon.pages_in_messages and not self._land_pages(number, message, extra):
+            raise WireError(Nack.FIELD, "IO_DONE: pages and records do not match", wire.Kind.IO_DONE)
+        for request, result, service_ns in message.records.tolist():
+            self._feed(self.swap, ev.IoReply(number, epoch, request, result, service_ns))
+
+    def _land_pages(self, number: int, message: wire.IoDone, extra: Sequence[bytes]) -> bool:
+        """tcp: copy the pages of good reads into their landing frames; only frames of requests in flight are ever written."""
+        pages = iter(extra)
+        for request, result, _service in message.records.tolist():
+            frame = self.swap.landing_frame(number, request)
+            if frame is None or result != PAGE_SIZE:
+                continue
+            page = next(pages, None)
+            if page is None or len(page) != PAGE_SIZE:
+                return False
+            self.memory.write_page(frame, page)
+        return next(pages, None) is None
+
+    def _pong(
+        self, peer: tuple[str, int, int], identity: bytes, message: wire.Pong, _: Sequence[bytes]
+    ) -> None:
+        kind, number, epoch = peer
+        if kind == "S" and number < len(self.daemons) and epoch == self.daemons[number].epoch:
+            self.daemons[number].last_pong_ns = time.monotonic_ns()
+
+    def _nacked(
+        self, peer: tuple[str, int, int], identity: bytes, message: wire.NackMsg, _: Sequence[bytes]
+    ) -> None:
+        """A peer dropped something of ours: counted; what it was about is re-sent or timed out by its own rules."""
+        self.obs.count(HostCounter.BAD_MESSAGES)
+
+    # -- launcher ------------------------------------------------------------------------------------------
+    def _from_launcher(self, peer: tuple[str, int, int], number: int) -> None:
+        if peer[0] != "L":
+            raise WireError(Nack.STRANGER, "only the launcher may say this")
+        if number >= len(self.daemons):
+            raise WireError(Nack.FIELD, f"daemon {number}: the topology has {len(self.daemons)}")
+
+    def _daemon_down(
+        self, peer: tuple[str, int, int], identity: bytes, message: wire.DaemonDown, _: Sequence[bytes]
+    ) -> None:
+        self._from_launcher(peer, message.daemon)
+        self.daemons[message.daemon].up = False
+        self._feed(self.swap, ev.DaemonLost(message.daemon, message.epoch))
+
+    def _daemon_fenced(
+        self, peer: tuple[str, int, int], identity: bytes, message: wire.DaemonFenced, _: Sequence[bytes]
+    ) -> None:
+        self._from_launcher(peer, message.daemon)
+        self._feed(self.swap, ev.DaemonFenced(message.daemon, message.epoch))
+
+    def _daemon_gone(
+        self, peer: tuple[str, int, int], identity: bytes, message: wire.DaemonGone, _: Sequence[bytes]
+    ) -> None:
+        self._from_launcher(peer, message.daemon)
+        self._to_launcher(wire.Failed(f"swapd-{message.daemon} is gone: {message.reason}"))
+
+    def _stop_message(
+        self, peer: tuple[str, int, int], identity: bytes, message: wire.Stop, _: Sequence[bytes]
+    ) -> None:
+        self._from_launcher(peer, 0)
+        self._stop(message.reason)
+
+    def _bye(
+        self, peer: tuple[str, int, int], identity: bytes, message: wire.Bye, _: Sequence[bytes]
+    ) -> None:
+        self._from_launcher(peer, 0)
+        for identity_of in self.cpu_identity:
+            self._send(identity_of, wire.Bye(0))
+        for daemon in self.daemons:
+            if daemon.up:
+                self._send(daemon.identity, wire.Bye(0))
+        self.leaving = True
+
+    # -- sending -------------------------------------------------------------------------------------------
+    def _send(self, identity: bytes, message: Message, pages: Sequence[memoryview] = ()) -> bool:
+        """False when the peer is gone or reads nothing: the protocol's own bounds and re-sends deal with that."""
+        try:
+            self.router.send_multipart([identity, wire.encode(message), *pages], zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            if error.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+                return False
+            raise
+        return True
+
+    def _to_launcher(self, message: Message) -> None:
+        if self.launcher is not None:
+            self._send(self.launcher, message)
+
+    def _enter(self, effect: ev.Enter) -> None:
+        self.writer.lamport += 1
+        self._send(self.cpu_identity[effect.cpu], effect.record._replace(lamport=self.writer.lamport))
+
+    def _kick(self, effect: ev.KickVcpu) -> None:
+        """Send first, then ring: a vCPU that sees the bell will find the message."""
+        self.writer.lamport += 1
+        self._send(self.cpu_identity[effect.cpu], wire.Kick(self.writer.lamport, effect.request))
+        atomics.py_add(self.vcpu_pages, effect.cpu * WORDS + VP_DOORBELL, np.uint64(1))
+
+    def _send_io(self) -> None:
+        """One message per daemon and round."""
+        for number, requests in self.io.items():
+            daemon = self.daemons[number]
+            for first in range(0, len(requests), wire.BATCH_MAX):
+                batch = requests[first : first + wire.BATCH_MAX]
+                records = np.array([(r.request, r.op, r.frame, r.slot) for r in batch], wire.IO_DTYPE)
+                pages: list[memoryview] = []
+                if daemon.pages_in_messages:
+                    pages = [self.memory.page(r.frame) for r in batch if r.op == OP_WRITE]
+                self.writer.lamport += 1
+                self._send(daemon.identity, wire.Io(batch[0].epoch, self.writer.lamport, records), pages)
+        self.io.clear()
+
+    def _heartbeat(self, now: int) -> None:
+        for number, daemon in enumerate(self.daemons):
+            if not daemon.up:
+                continue
+            daemon.ping_nonce += 1
+            self._send(daemon.identity, wire.Ping(daemon.epoch, daemon.ping_nonce))
+            if now - daemon.last_pong_ns > PONG_BOUND_NS and not daemon.reported:
+                daemon.reported = True
+                self._to_launcher(wire.RestartWanted(number, daemon.epoch, "no heartbeat"))
+
+    # -- the run's clock -----------------------------------------------------------------------------------
+    def _ipi(self, effect: ev.SendIpi) -> None:
+        if effect.target < self.topology.vm[effect.vm].vcpus:
+            cpu = self.ctx.first_cpu(effect.vm) + effect.target
+            self._feed(self.vcpus[cpu], ev.Interrupt(cpu, effect.vector))
+
+    def _at_barrier(self, effect: ev.AtBarrier) -> None:
+        """All tasks of all VMs are at the barrier: open it, start the clock and the daemons' models."""
+        self.at_barrier[effect.vm] = max(self.at_barrier.get(effect.vm, 0), effect.tasks)
+        expected = [int(self.ctx.segments[f"kernel-{v}"].u64[K_TASKS]) for v in range(len(self.topology.vm))]
+        if self.started or any(self.at_barrier.get(v, 0) < n for v, n in enumerate(expected)):
+            return
+        self.started = True
+        now = time.monotonic_ns()
+        self.stop_at_ns = now + int(self.topology.run.seconds * 1e9)
+        self.obs.trace(Kind.BARRIER)
+        self.control[CTL_START_NS] = np.uint64(now)
+        atomics.py_store(self.control, CTL_BARRIER, np.uint64(1))
+        for daemon in self.daemons:
+            if daemon.up:
+                self._send(daemon.identity, wire.Model(1))
+        self._to_launcher(wire.Started(now))
+        self._poke_all()
+
+    def _stop(self, reason: str) -> None:
+        if self.stopped:
+            return
+        self.stopped = True
+        self.obs.trace(Kind.STOP, a=0 if reason == "time" else 1)
+        atomics.py_store(self.control, CTL_STOP, np.uint64(1))
+        self._poke_all()
+
+    def _poke_all(self) -> None:
+        for machine in self.vcpus:
+            if machine.where is not Where.OFF:
+                self._feed(machine, ev.Poke(machine.cpu))
+
+    def _powered_down(self, effect: ev.PoweredDown) -> None:
+        self.powered_down += 1
+        if self.powered_down == len(self.vcpus) and not self.finished:
+            self.finished = True
+            self._to_launcher(wire.Finished("all vCPUs powered down"))
+
+    def close(self) -> None:
+        """Sockets and trace file."""
+        self.writer.close()
+        self.router.close()
+        self.context.term()
+
+
+_EXIT_REASONS: Final = frozenset(int(r) for r in wire.ExitReason)
+
+
+def warm() -> None:
+    """Call every kernel of the host once per signature (in the zygote, before the fork)."""
+    from host.warm import warm_host  # noqa: PLC0415 - builds arrays that only the zygote needs
+
+    warm_host()
+
+
+def main(ctx: RunContext) -> None:
+    """Entry point of the host process."""
+    shell = HostShell(ctx)
+    gc.freeze()
+    try:
+        shell.loop()
+    finally:
+        shell.close()

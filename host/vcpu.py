@@ -1,0 +1,382 @@
+"""The vcpu machine: what KVM does in a vCPU's thread, from an exit record to the next entry record (spec §3.4, §1.15).
+
+It acts on guest state only between an exit and an entry: a vCPU in guest mode is kicked out first, so nothing is ever decided on
+stale state. What blocks in KVM (a synchronous fault, a held shared-area access) holds this vCPU's path, never the host's loop.
+
+States (`Where`): OUT = a path is at work; IN_GUEST = the entry record was sent; BLOCKED = halted, or in a synthetic halt, until
+something makes it runnable; OFF = powered down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import IntEnum
+from typing import Any, Final
+
+from host.events import (
+    Answer,
+    AtBarrier,
+    Enter,
+    ExitTaken,
+    Fetched,
+    Found,
+    GetPage,
+    Gup,
+    Interrupt,
+    KickVcpu,
+    Poke,
+    PoweredDown,
+    SendIpi,
+    SetTimer,
+    TimerDue,
+    Translate,
+)
+from host.lapic import Lapic
+from host.observe import Observer
+from host.x86 import CANCEL_DESTROY, REQ_APF_HALT, REQ_APF_READY, X86, could_not_map
+from proto.kvm import VECTOR_TIMER
+from proto.layout import XF_KERNEL, XF_WRITE
+from proto.machine import Machine, MachineError, Path
+from proto.profile import Profile
+from proto.stats import HostCounter, HostHist
+from proto.trace import Kind
+from proto.wire import HC_AT_BARRIER, Entry, Exit, ExitReason, Held, Inject
+
+HOST_TICK_NS: Final = 4_000_000
+"""The host's own timer makes a running vCPU exit every 1 to 4 ms (seen in the recorded kernels); here only when something waits."""
+
+_COUNTER_OF: Final = {
+    Found.FAST: HostCounter.FAULTS_FAST,
+    Found.ZERO_FILL: HostCounter.FAULTS_ZERO_FILL,
+    Found.SWAP_CACHE: HostCounter.FAULTS_SWAP_CACHE,
+    Found.SWAPPED_IN: HostCounter.FAULTS_SWAP_IN,
+}
+
+_NO_EXIT: Final = Exit(0, 0, ExitReason.BOOT, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+
+
+class Where(IntEnum):
+    """Where the vCPU is, as the host knows it."""
+
+    OUT = 0
+    IN_GUEST = 1
+    BLOCKED = 2
+    OFF = 3
+
+
+class VcpuMachine(Machine):
+    """One vCPU. ``cpu`` is its global number, ``vcpu_id`` the one inside ``vm``."""
+
+    def __init__(
+        self, cpu: int, vm: int, vcpu_id: int, profile: Profile, host_async: bool, observer: Observer
+    ) -> None:
+        super().__init__()
+        self.cpu = cpu
+        self.vm = vm
+        self.vcpu_id = vcpu_id
+        self.obs = observer
+        self.lapic = Lapic()
+        self.requests = 0
+        self.halted = False
+        """Synthetic halt; never part of mp_state, so that saving the state cannot see it (I37)."""
+        self.mp_halted = False
+        self.exception: tuple[Inject, int] | None = None
+        self.last_exit = _NO_EXIT
+        self.where = Where.OUT
+        self.x86 = X86(self, profile, host_async)
+        self._result = 0
+        self._held_kind = Held.NONE
+        self._held_ns = 0
+        self._exit_ns = 0
+        self._blocked_since_ns = 0
+        self._timer_generation = 0
+        self._kicked = False
+        self._poked = False
+        self._handlers: dict[type[Any], Callable[[Any], Path | None]] = {
+            ExitTaken: self._exit_taken,
+            Answer: self._answered,
+            Fetched: self._fetched,
+            TimerDue: self._timer_due,
+            Interrupt: self._interrupt,
+            Poke: self._poke,
+        }
+        self._exits: dict[int, Callable[[Exit], Path]] = {
+            ExitReason.NESTED: self._nested_fault,
+            ExitReason.WRMSR: self._wrmsr,
+            ExitReason.RDMSR: self._rdmsr,
+            ExitReason.HLT: self._hlt,
+            ExitReason.IPI: self._ipi,
+            ExitReason.HYPERCALL: self._hypercall,
+            ExitReason.BOOT: _nothing,
+            ExitReason.KICK: _nothing,
+        }
+
+    # -- Machine -------------------------------------------------------------------------------------------
+    def path_for(self, event: Any) -> Path | None:
+        """Dispatch by event type."""
+        handler = self._handlers.get(type(event))
+        if handler is None:
+            raise MachineError(f"vcpu {self.cpu}: unknown event {event!r}")
+        return handler(event)
+
+    def _answered(self, event: Answer) -> None:
+        self.answer(event.ask, event)
+
+    # -- one exit ------------------------------------------------------------------------------------------
+    def expects_exit(self) -> bool:
+        """An exit record is only accepted from a vCPU that was entered (or boots)."""
+        return self.where is Where.IN_GUEST or (self.where is Where.OUT and self.last_exit is _NO_EXIT)
+
+    def _exit_taken(self, event: ExitTaken) -> Path:
+        record = event.record
+        self.where = Where.OUT
+        self.last_exit = record
+        self._kicked = False
+        self._exit_ns = self.now_ns
+        self._timer_generation += 1
+        self.lapic.took(record.accepted, record.eois)
+        if record.reason == ExitReason.DONE:
+            return self._power_down()
+        return self._one_exit(record)
+
+    def _one_exit(self, record: Exit) -> Path:
+        handler = self._exits.get(record.reason)
+        if handler is None:
+            raise MachineError(f"vcpu {self.cpu}: exit reason {record.reason} passed validation")
+        yield from handler(record)
+        yield from self._vcpu_run()
+
+    def _power_down(self) -> Path:
+        self.x86.forget(CANCEL_DESTROY)
+        self.where = Where.OFF
+        self.emit(PoweredDown(self.cpu))
+        yield "powered_down"
+
+    # -- exits ---------------------------------------------------------------------------------------------
+    def _nested_fault(self, record: Exit) -> Path:
+        """EPT violation: the ladder, then asynchronous if the rules allow, else wait (spec §3.1)."""
+        self.obs.count(HostCounter.NESTED_FAULTS)
+        if record.flags & XF_KERNEL:
+            self.obs.count(HostCounter.FAULTS_KERNEL_MODE)
+        gfn = record.gpa >> 12
+        write = bool(record.flags & XF_WRITE)
+        how = Gup.NOWAIT if self.x86.host_async else Gup.WAIT
+        answer = yield from self.get_page(gfn, write, how)
+        if answer.value == Found.NEEDS_IO:
+            yield "fault.needs_io"
+            if (yield from self._go_async(record, gfn)):
+                return
+            answer = yield from self.get_page(gfn, write, Gup.WAIT)
+        if answer.waited:
+            self._held(Held.BLOCKED, self.now_ns - self._exit_ns)
+            self.obs.record(HostHist.FAULT, self.now_ns - self._exit_ns)
+        if could_not_map(answer.value):
+            self.obs.count(HostCounter.MACHINE_CHECKS)
+            self.exception = (Inject.MACHINE_CHECK, record.gva)
+            return
+        if answer.value == Found.SWAPPED_IN:
+            self.obs.count(HostCounter.FAULTS_SYNC)
+        self.obs.count(_COUNTER_OF[Found(answer.value)])
+
+    def _go_async(self, record: Exit, gfn: int) -> Path:
+        """Steps 2 of spec §3.1; returns True when the fault needs no more of this exit."""
+        x86 = self.x86
+        if not x86.can_do():
+            return False
+        self._trace(Kind.TRY_ASYNC_GET_PAGE, a=record.gpa, b=gfn)
+        if x86.profile.gfn_hash and gfn in x86.hash:
+            self._trace(Kind.ASYNC_PF_REPEATED_FAULT, a=record.gpa, b=gfn)
+            self.obs.count(HostCounter.FAULTS_REPEATED)
+            self.request(REQ_APF_HALT)
+            return True
+        yield "fault.translate"
+        ask = self.new_ask()
+        self.emit(Translate(self.cpu, ask.ask_id, self.vm, gfn))
+        hvp = (yield ask).value
+        if hvp < 0:
+            return False
+        return (yield from x86.setup(record, hvp))
+
+    def _wrmsr(self, record: Exit) -> Path:
+        if (yield from self.x86.write_msr(record.arg0, record.arg1)):
+            self.exception = (Inject.GP, 0)
+
+    def _rdmsr(self, record: Exit) -> Path:
+        value = self.x86.read_msr(record.arg0)
+        if value < 0:
+            self.exception = (Inject.GP, 0)
+        else:
+            self._result = value
+        yield "rdmsr"
+
+    def _hlt(self, record: Exit) -> Path:  # noqa: ARG002 - all exit handlers take the record
+        self.mp_halted = True
+        yield "hlt"
+
+    def _ipi(self, record: Exit) -> Path:
+        self.emit(SendIpi(self.vm, record.arg0, record.arg1))
+        yield "ipi"
+
+    def _hypercall(self, record: Exit) -> Path:
+        if record.arg0 == HC_AT_BARRIER:
+            self.emit(AtBarrier(self.vm, record.arg1))
+        yield "hypercall"
+
+    # -- the run loop --------------------------------------------------------------------------------------
+    def _vcpu_run(self) -> Path:
+        """Requests in KVM's order, then block or enter."""
+        while True:
+            if self.requests & REQ_APF_HALT:
+                self.requests &= ~REQ_APF_HALT
+                self.halted = True
+                self._trace(Kind.HALT_ON, a=1, b=self.last_exit.gpa >> 12)
+                yield "run.halt"
+            if self.halted or self.mp_halted:
+                if not self.runnable():
+                    self._block()
+                    return
+                self._unblock()
+            yield from self._completions()
+            if not self.requests & REQ_APF_HALT:
+                break
+        yield "run.enter"
+        self._enter()
+
+    def _completions(self) -> Path:
+        x86 = self.x86
+        if x86.profile.ready_by_interrupt or not x86.enabled:
+            if self.requests & REQ_APF_READY:
+                self.requests &= ~REQ_APF_READY
+                yield "run.ready"
+                yield from x86.apf.check_completion()
+            return
+        # Mode E looks at the done list at every entry and hands over one (spec §8.3); a not-present event decided by v3 goes first.
+        self.requests &= ~REQ_APF_READY
+        if x86.deferred is not None and (yield from x86.deliver_deferred()):
+            return
+        if x86.apf.done and self.exception is None:
+            yield from x86.apf.check_completion(at_most=1)
+
+    def runnable(self) -> bool:
+        """kvm_arch_vcpu_runnable for a vCPU that is halted one way or the other (spec §1.15)."""
+        if self.x86.apf.done or self.exception is not None or self._poked:
+            return True
+        return bool(self.lapic.irr) and self.x86.interrupts_allowed()
+
+    def unhalt(self) -> None:
+        """Every completion ends a halt, also one the guest executed (spec §1.15 rule 7)."""
+        if self.halted or self.mp_halted:
+            self._trace(Kind.HALT_OFF, a=2)
+        self.halted = False
+        self.mp_halted = False
+
+    def _block(self) -> None:
+        self.where = Where.BLOCKED
+        self._blocked_since_ns = self.now_ns
+        if self.last_exit.timer_ns:
+            self._arm(self._exit_ns + self.last_exit.timer_ns)
+
+    def _unblock(self) -> None:
+        if self.where is Where.BLOCKED:
+            self._held(Held.HALTED if self.halted else Held.IDLE, self.now_ns - self._blocked_since_ns)
+            self.where = Where.OUT
+        self._trace(Kind.HALT_OFF, a=1)
+        self.halted = False
+        self.mp_halted = False
+
+    def _held(self, kind: Held, held_ns: int) -> None:
+        """Remember what kept the vCPU; one kind per entry, the last one (a path never mixes them)."""
+        self._held_kind = kind
+        self._held_ns += held_ns
+
+    def _enter(self) -> None:
+        inject, cr2 = self.exception if self.exception is not None else (Inject.NONE, 0)
+        self.exception = None
+        self._poked = False
+        self.where = Where.IN_GUEST
+        self.emit(
+            Enter(
+                self.cpu,
+                Entry(
+                    self.last_exit.seq, 0, inject, 0, cr2, self.lapic.pending(), self._result, self._held_kind,
+                    max(0, self._held_ns), 0,
+                ),
+            )
+        )  # fmt: skip
+        self._result = 0
+        self._held_kind = Held.NONE
+        self._held_ns = 0
+        if self.x86.apf.done:
+            # More completions than the guest could take: the next exit hands them on, at the latest at the host's tick.
+            self._arm(self.now_ns + HOST_TICK_NS)
+        if self.requests:
+            self.kick(self.requests)
+
+    # -- events from elsewhere -----------------------------------------------------------------------------
+    def _fetched(self, event: Fetched) -> Path:
+        yield from self.x86.apf.completed(event.work)
+        yield from self._wake()
+
+    def _timer_due(self, event: TimerDue) -> Path | None:
+        if event.generation != self._timer_generation:
+            return None
+        if self.where is Where.IN_GUEST:
+            if self.x86.apf.done:
+                self.requests |= REQ_APF_READY
+                self.kick(REQ_APF_READY)
+            return None
+        if self.where is not Where.BLOCKED:
+            return None
+        self.lapic.raise_fixed(VECTOR_TIMER)
+        return self._wake()
+
+    def _interrupt(self, event: Interrupt) -> Path | None:
+        if self.where is Where.OFF or not self.lapic.raise_fixed(event.vector):
+            return None
+        self.kick(0)
+        return self._wake()
+
+    def _poke(self, _: Poke) -> Path | None:
+        if self.where is Where.OFF:
+            return None
+        self._poked = True
+        self.kick(0)
+        return self._wake()
+
+    def _wake(self) -> Path:
+        """Somebody made it runnable: a blocked vCPU goes back to its run loop, any other will see it at its next entry."""
+        if self.where is Where.BLOCKED and self.runnable():
+            self._unblock()
+            yield "woken"
+            yield from self._vcpu_run()
+
+    def request(self, bit: int) -> None:
+        """Set a request bit; it is consumed before the next entry."""
+        self.requests |= bit
+        self._trace(Kind.REQ, a=bit)
+
+    def kick(self, why: int) -> None:
+        """Make a vCPU in guest mode exit. Once per stay in guest mode is enough."""
+        if self.where is Where.IN_GUEST and not self._kicked:
+            self._kicked = True
+            self.obs.count(HostCounter.KICKS)
+            self.emit(KickVcpu(self.cpu, why))
+
+    def _arm(self, deadline_ns: int) -> None:
+        self._timer_generation += 1
+        self.emit(SetTimer(self.cpu, self._timer_generation, deadline_ns))
+
+    # -- helpers -------------------------------------------------------------------------------------------
+    def get_page(self, gfn: int, write: bool, how: Gup) -> Path:
+        """Ask the vm machine for a page; returns its Answer."""
+        ask = self.new_ask()
+        self.emit(GetPage(self.cpu, ask.ask_id, self.vm, gfn, write, how))
+        return (yield ask)
+
+    def _trace(self, kind: Kind, *, a: int = 0, b: int = 0) -> None:
+        self.obs.trace(kind, vcpu=self.vcpu_id, vm=self.vm, a=a, b=b)
+
+
+def _nothing(_: Exit) -> Path:
+    """Exits that only wanted the host to look around."""
+    yield "nothing"

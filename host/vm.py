@@ -1,0 +1,551 @@
+"""The vm machine: memslots, host page table, nested tables, the get_user_pages ladder and reclaim.
+
+The host page table (columns over host virtual pages, HPT_* states of host/kernels.py) is the truth; nested tables only cache it.
+
+Invariants
+* A frame is in exactly one place: the free stack, owned by a page, or held for an unanswered request that names it (``_pinned``).
+* A page leaves a nested table in this order: clear the entry, bump the flush generation, wait for every vCPU of the VM to
+  acknowledge or to be outside guest mode, checksum, write. Its frame is free only after the write was acknowledged (or, clean,
+  after the grace). Until then a fault takes the page back.
+* Nobody waits here: what cannot be answered now is a waiter in a table, answered by the event that makes it possible.
+* A page in READING has one read under way however many wait for it.
+
+Deliberately not here: where slots lie and which daemon serves them (host/swap.py), who may fault asynchronously (host/x86.py).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+
+from host import kernels
+from host.events import (
+    Answer,
+    CancelFetch,
+    Fetch,
+    Fetched,
+    Found,
+    GetPage,
+    GuestRead32,
+    GuestWrite32,
+    Gup,
+    LookAtGrace,
+    SlotFree,
+    SwapIn,
+    SwapInDone,
+    SwapOut,
+    SwapOutDone,
+    Translate,
+)
+from host.kernels import (
+    F_DIRTY,
+    F_WRITEBACK,
+    F_YOUNG,
+    F_ZEROED,
+    HPT_BAD,
+    HPT_EVICT,
+    HPT_NONE,
+    HPT_READING,
+    HPT_RESIDENT,
+    HPT_SLOT,
+    HPT_WRITING,
+    HPT_ZERO,
+)
+from host.memory import HostMemory
+from host.observe import Observer
+from proto.machine import Machine, MachineError, Path
+from proto.stats import HostCounter
+from proto.trace import Kind
+from proto.units import FLUSH_BATCH, PAGE_SHIFT, PAGE_SIZE
+
+READ_ATTEMPTS_MAX: Final = 3
+"""Reads of one page whose checksum may fail before the page is poisoned."""
+
+_NEEDS_FRAME: Final = -1
+"""Internal rung: the page needs a frame and none is free."""
+
+
+class Memslot(NamedTuple):
+    """gfns [base_gfn, base_gfn + pages) of ``vm`` are host virtual pages [base_hvp, ...)."""
+
+    vm: int
+    base_gfn: int
+    pages: int
+    base_hvp: int
+
+
+class Limits(NamedTuple):
+    """Water marks in frames and the populate block in pages."""
+
+    low: int
+    high: int
+    populate_pages: int
+    zero_pages: bool
+
+
+class _Unmapped(NamedTuple):
+    """A victim between unmapping and the end of its grace period."""
+
+    hvp: int
+    generation: int
+
+
+class VmMachine(Machine):
+    """Memory of all VMs of a run. See the module docstring."""
+
+    def __init__(
+        self, memory: HostMemory, slots: Sequence[Memslot], limits: Limits, observer: Observer
+    ) -> None:
+        super().__init__()
+        self.memory = memory
+        self.slots = list(slots)
+        self.limits = limits
+        self.obs = observer
+        pages = max((s.base_hvp + s.pages for s in slots), default=0)
+        self._columns(pages, memory.frame_count)
+        self._waiters: dict[int, list[Any]] = {}
+        self._frame_waiters: deque[int] = deque()
+        self._unmapped: list[deque[_Unmapped]] = [deque() for _ in memory.vms]
+        self._hands = [0] * len(self.slots)
+        self._next_slot = 0
+        self._read_attempts: dict[int, int] = {}
+        self._writes: dict[int, int] = {}
+        self._serial = 0
+        self._pinned: dict[int, int] = {}
+        self._limbo: set[int] = set()
+        self._evicting = 0
+        self._reclaiming = False
+        self.swap_full = False
+        self._handlers: dict[type[Any], Callable[[Any], None]] = {
+            GetPage: self._get_page,
+            Translate: self._translate,
+            Fetch: self._fetch,
+            CancelFetch: self._cancel_fetch,
+            GuestRead32: self._guest_access,
+            GuestWrite32: self._guest_access,
+            SwapInDone: self._swap_in_done,
+            SwapOutDone: self._swap_out_done,
+            LookAtGrace: lambda _: None,
+        }
+
+    def _columns(self, pages: int, frames: int) -> None:
+        """Columns over pages and frames, with memoryviews for single words (0.1 us instead of a kernel call)."""
+        self.state = np.zeros(pages, np.uint8)
+        self.frame_of = np.full(pages, -1, np.int32)
+        self.slot_of = np.full(pages, -1, np.int64)
+        self.flags = np.zeros(pages, np.uint8)
+        self.owner = np.full(frames, -1, np.int32)
+        self.free = np.arange(frames - 1, -1, -1, dtype=np.int32)
+        self.free_count = frames
+        self._victims = np.zeros(FLUSH_BATCH, np.int64)
+        self._unmap_gen = np.zeros(pages, np.int64).data
+        self._state = self.state.data
+        self._frame = self.frame_of.data
+        self._slot = self.slot_of.data
+        self._flags = self.flags.data
+        self._owner = self.owner.data
+        self._free = self.free.data
+
+    # -- Machine -------------------------------------------------------------------------------------------
+    def path_for(self, event: Any) -> Path | None:
+        """Every event is handled at once; nothing here is interleaved with anything."""
+        handler = self._handlers.get(type(event))
+        if handler is None:
+            raise MachineError(f"vm machine: unknown event {event!r}")
+        handler(event)
+        return None
+
+    def settle(self) -> None:
+        """After a batch: acknowledgements, freed frames for those who wait, reclaim below the low mark."""
+        if self._evicting:
+            self._advance_grace()
+        self._feed_frame_waiters()
+        self._reclaim()
+        self.obs.gauge(HostCounter.FRAMES_FREE, self.free_count)
+
+    @property
+    def grace_pending(self) -> bool:
+        """Whether victims wait for flush acknowledgements: the shell looks again soon."""
+        return self._evicting > 0
+
+    # -- memslots ------------------------------------------------------------------------------------------
+    def find_hvp(self, vm: int, gfn: int) -> int:
+        """Host virtual page of a gfn, -1 when no memslot backs it."""
+        for slot in self.slots:
+            if slot.vm == vm and slot.base_gfn <= gfn < slot.base_gfn + slot.pages:
+                return slot.base_hvp + gfn - slot.base_gfn
+        return -1
+
+    def _gfns_of(self, hvp: int) -> list[tuple[int, int]]:
+        """Reverse map: every (vm, gfn) that a memslot gives this page."""
+        return [
+            (s.vm, s.base_gfn + hvp - s.base_hvp)
+            for s in self.slots
+            if s.base_hvp <= hvp < s.base_hvp + s.pages
+        ]
+
+    def _translate(self, event: Translate) -> None:
+        self.emit(Answer(event.cpu, event.ask, self.find_hvp(event.vm, event.gfn), False))
+
+    # -- the ladder ----------------------------------------------------------------------------------------
+    def _get_page(self, event: GetPage) -> None:
+        hvp = self.find_hvp(event.vm, event.gfn)
+        if hvp < 0:
+            self.emit(Answer(event.cpu, event.ask, Found.NO_SLOT, False))
+            return
+        found = self._map(event.vm, event.gfn, hvp, event.write, prefault=event.how is Gup.PREFAULT)
+        if found == _NEEDS_FRAME or (found == Found.NEEDS_IO and event.how is Gup.WAIT):
+            if event.how is Gup.PREFAULT:
+                self.emit(Answer(event.cpu, event.ask, Found.NEEDS_IO, False))
+            else:
+                self._wait_for(hvp, event)
+            return
+        self.emit(Answer(event.cpu, event.ask, found, False))
+
+    def _map(self, vm: int, gfn: int, hvp: int, write: bool, prefault: bool = False) -> int:
+        """Rungs one and two (spec §1.5, §1.6): map what needs no I/O. Returns a Found or _NEEDS_FRAME."""
+        state = self._state[hvp]
+        if state in (HPT_NONE, HPT_ZERO):
+            return self._zero_fill(vm, gfn, hvp)
+        if state in (HPT_SLOT, HPT_READING):
+            return Found.NEEDS_IO
+        if state == HPT_BAD:
+            return Found.BAD
+        taken_back = self._take_back(hvp, write)
+        flags = self._flags[hvp]
+        present, writable = self.memory.mapped(vm, gfn)
+        if present and (writable or not write):
+            return Found.FAST
+        if not prefault:
+            self._flags[hvp] = flags & ~F_YOUNG
+        # Read-only while its write-back is under way: the first store must come here and cancel the slot.
+        self.memory.map(vm, gfn, self._frame[hvp], not flags & F_WRITEBACK)
+        return Found.SWAP_CACHE if taken_back or not present else Found.FAST
+
+    def _take_back(self, hvp: int, write: bool) -> bool:
+        """A page on its way out becomes resident again; True when it was on its way out."""
+        state = self._state[hvp]
+        if state == HPT_EVICT:
+            self._state[hvp] = HPT_RESIDENT
+        elif state == HPT_WRITING:
+            self._state[hvp] = HPT_RESIDENT
+            self._flags[hvp] |= F_WRITEBACK
+        if write and self._flags[hvp] & F_WRITEBACK:
+            self._cancel_write(hvp)
+        return state != HPT_RESIDENT
+
+    def _cancel_write(self, hvp: int) -> None:
+        """A store came before the acknowledgement: the slot's contents are stale, the slot and the frame stay named by the request."""
+        serial = self._writes.pop(hvp)
+        self._pinned[serial] = self._frame[hvp]
+        self._slot[hvp] = -1
+        self._flags[hvp] = (self._flags[hvp] | F_DIRTY) & ~F_WRITEBACK
+        self.obs.count(HostCounter.WRITEBACK_CANCELLED)
+
+    def _zero_fill(self, vm: int, gfn: int, hvp: int) -> int:
+        if self.free_count == 0:
+            return _NEEDS_FRAME
+        fresh = self._state[hvp] == HPT_NONE
+        block = self.limits.populate_pages
+        if fresh and block > 1 and self.free_count > self.limits.low + block:
+            first, count = self._block_around(hvp, block)
+            self.free_count = kernels.populate(
+                self.memory.frames, self.memory.vms[vm].npt, self.state, self.frame_of, self.flags, self.owner,
+                self.free, self.free_count, first, count, gfn - (hvp - first),
+            )  # fmt: skip
+            return Found.ZERO_FILL
+        frame = self._take_frame(hvp)
+        self.memory.zero(frame)
+        self._state[hvp] = HPT_RESIDENT
+        self._flags[hvp] = F_ZEROED
+        self.memory.map(vm, gfn, frame, True)
+        if not fresh:
+            self.obs.count(HostCounter.ZERO_IN)
+        return Found.ZERO_FILL
+
+    def _block_around(self, hvp: int, block: int) -> tuple[int, int]:
+        """The aligned block of pages around ``hvp`` inside its memslot."""
+        for s in self.slots:
+            if s.base_hvp <= hvp < s.base_hvp + s.pages:
+                first = max(s.base_hvp, hvp - hvp % block)
+                return first, min(first - first % block + block, s.base_hvp + s.pages) - first
+        raise MachineError(f"page {hvp} is in no memslot")
+
+    # -- waiting for pages and frames ----------------------------------------------------------------------
+    def _wait_for(self, hvp: int, event: Any) -> None:
+        self._waiters.setdefault(hvp, []).append(event)
+        if self._state[hvp] == HPT_SLOT:
+            self._state[hvp] = HPT_READING
+            self._frame[hvp] = -1
+            self._read(hvp)
+        elif self._state[hvp] != HPT_READING:
+            self.obs.count(HostCounter.FRAME_WAITS)
+            self._frame_waiters.append(hvp)
+
+    def _read(self, hvp: int) -> None:
+        """Start the read of a page in READING, or queue for a landing frame."""
+        if self.free_count == 0:
+            self.obs.count(HostCounter.FRAME_WAITS)
+            self._frame_waiters.append(hvp)
+            return
+        frame = self._take_frame(hvp)
+        self.obs.trace(Kind.SWAP_IN, a=hvp, b=self._slot[hvp], c=frame)
+        self.emit(SwapIn(hvp, self._slot[hvp], frame))
+
+    def _serve(self, hvp: int) -> None:
+        """Answer everybody who waits for a page that can be mapped now."""
+        for event in self._waiters.pop(hvp, ()):
+            if type(event) is GetPage:
+                found = self._map(event.vm, event.gfn, hvp, event.write)
+                if found in (_NEEDS_FRAME, Found.NEEDS_IO):
+                    self._wait_for(hvp, event)
+                    continue
+                if found in (Found.FAST, Found.SWAP_CACHE):
+                    found = Found.SWAPPED_IN
+                self.emit(Answer(event.cpu, event.ask, found, True))
+            elif type(event) is Fetch:
+                self.emit(Fetched(event.cpu, event.work))
+            else:
+                self._guest_access(event, waited=True)
+
+    # -- async fetch (the worker's part) -------------------------------------------------------------------
+    def _fetch(self, event: Fetch) -> None:
+        hvp = event.hvp
+        state = self._state[hvp]
+        if state in (HPT_SLOT, HPT_READING):
+            self._wait_for(hvp, event)
+            return
+        if state in (HPT_EVICT, HPT_WRITING):
+            self._take_back(hvp, write=False)
+        if state != HPT_BAD:
+            self._flags[hvp] |= F_YOUNG
+        self.emit(Fetched(event.cpu, event.work))
+
+    def _cancel_fetch(self, event: CancelFetch) -> None:
+        """The read goes on (its frame is named by a request); only the answer is not wanted any more."""
+        waiters = self._waiters.get(event.hvp)
+        if waiters is not None:
+            waiters[:] = [
+                w for w in waiters if not (type(w) is Fetch and (w.cpu, w.work) == (event.cpu, event.work))
+            ]
+
+    # -- host access to guest memory -----------------------------------------------------------------------
+    def _guest_access(self, event: GuestRead32 | GuestWrite32, waited: bool = False) -> None:
+        """The shared area goes up the same ladder as the guest; on a miss the asking vCPU is held (nothing is pinned in secret)."""
+        hvp = self.find_hvp(event.vm, event.gpa >> PAGE_SHIFT)
+        write = type(event) is GuestWrite32
+        if hvp < 0 or self._state[hvp] == HPT_BAD:
+            self.emit(Answer(event.cpu, event.ask, False if write else -1, waited))
+            return
+        if self._state[hvp] in (HPT_NONE, HPT_ZERO):
+            if self.free_count == 0:
+                self._wait_for(hvp, event)
+                return
+            frame = self._take_frame(hvp)
+            self.memory.zero(frame)
+            self._state[hvp] = HPT_RESIDENT
+            self._flags[hvp] = F_ZEROED
+        elif self._state[hvp] in (HPT_SLOT, HPT_READING):
+            self._wait_for(hvp, event)
+            return
+        else:
+            self._take_back(hvp, write)
+        offset = event.gpa & (PAGE_SIZE - 1)
+        if isinstance(event, GuestWrite32):
+            self.memory.write32(self._frame[hvp], offset, event.value)
+            self._flags[hvp] = (self._flags[hvp] | F_DIRTY | F_YOUNG) & ~F_ZEROED
+            self.emit(Answer(event.cpu, event.ask, True, waited))
+        else:
+            self.emit(Answer(event.cpu, event.ask, self.memory.read32(self._frame[hvp], offset), waited))
+
+    # -- swap-in -------------------------------------------------------------------------------------------
+    def _swap_in_done(self, event: SwapInDone) -> None:
+        hvp, frame = event.hvp, event.frame
+        if self._state[hvp] != HPT_READING or self._frame[hvp] != frame:
+            raise MachineError(
+                f"swap-in of page {hvp} into frame {frame}, which is in state {self._state[hvp]}"
+            )
+        good = event.ok and self.memory.checksum(frame) == event.xxh3
+        if not good:
+            self._bad_read(event)
+            return
+        self.obs.trace(Kind.SWAP_IN_DONE, a=hvp, b=event.slot, c=frame)
+        self.obs.count(HostCounter.SWAP_IN_PAGES)
+        self._read_attempts.pop(hvp, None)
+        self._state[hvp] = HPT_RESIDENT
+        self._flags[hvp] = F_YOUNG
+        self._serve(hvp)
+
+    def _bad_read(self, event: SwapInDone) -> None:
+        """Wrong checksum or failed I/O: read again into the same frame (its reply has come, so nothing else lands there)."""
+        if event.ok:
+            self.obs.count(HostCounter.CHECKSUM_ERRORS)
+        attempts = self._read_attempts.get(event.hvp, 0) + 1
+        self._read_attempts[event.hvp] = attempts
+        if attempts < READ_ATTEMPTS_MAX:
+            self.obs.count(HostCounter.IO_RETRIES)
+            self.emit(SwapIn(event.hvp, event.slot, event.frame))
+            return
+        self.obs.count(HostCounter.IO_ERRORS)
+        self._read_attempts.pop(event.hvp)
+        self._state[event.hvp] = HPT_BAD
+        self._frame[event.hvp] = -1
+        self._give_frame(event.frame)
+        self._serve(event.hvp)
+
+    # -- reclaim -------------------------------------------------------------------------------------------
+    def _reclaim(self) -> None:
+        """Below the low mark unmap batches until the frames on their way plus the free ones reach the high mark."""
+        if self.free_count < self.limits.low or self._frame_waiters:
+            self._reclaiming = True
+        while self._reclaiming:
+            coming = self._evicting + len(self._writes)
+            missing = self.limits.high - self.free_count - coming
+            if missing <= 0 or self.swap_full:
+                self._reclaiming = self.free_count < self.limits.high and not self.swap_full
+                return
+            if self._unmap_batch(min(missing, FLUSH_BATCH)) == 0:
+                return
+
+    def _unmap_batch(self, want: int) -> int:
+        """One flush generation: victims from the memslots in turn; returns how many."""
+        for _ in range(len(self.slots)):
+            index = self._next_slot
+            self._next_slot = (index + 1) % len(self.slots)
+            slot = self.slots[index]
+            npt = self.memory.vms[slot.vm].npt
+            hand, found = kernels.pick_victims(
+                npt, self.state, self.flags, slot.base_hvp, slot.pages, slot.base_gfn, self._hands[index], want,
+                self._victims,
+            )  # fmt: skip
+            self._hands[index] = int(hand)
+            if found:
+                self._begin_grace(slot.vm, self._victims[:found].tolist())
+                return int(found)
+        return 0
+
+    def _begin_grace(self, vm: int, hvps: list[int]) -> None:
+        generation = self.memory.bump_generation(vm)
+        self.obs.count(HostCounter.FLUSHES)
+        queue = self._unmapped[vm]
+        for hvp in hvps:
+            self._unmap_gen[hvp] = generation
+            queue.append(_Unmapped(hvp, generation))
+        self._evicting += len(hvps)
+        self.obs.trace(Kind.FLUSH, vm=vm, a=generation, b=len(hvps))
+
+    def _advance_grace(self) -> None:
+        for vm, queue in enumerate(self._unmapped):
+            if not queue:
+                continue
+            oldest = self.memory.oldest_generation(vm, queue[-1].generation)
+            while queue and queue[0].generation <= oldest:
+                victim = queue.popleft()
+                self._evicting -= 1
+                # Taken back meanwhile, and perhaps unmapped again under a later generation: that entry is further behind.
+                if self._state[victim.hvp] == HPT_EVICT and self._unmap_gen[victim.hvp] == victim.generation:
+                    self._evicted(victim.hvp)
+
+    def _evicted(self, hvp: int) -> None:
+        """Nobody translates to this page any more: its contents and its dirty bit are final."""
+        frame, slot, flags = self._frame[hvp], self._slot[hvp], self._flags[hvp]
+        if not flags & F_DIRTY and slot >= 0:
+            self.obs.count(HostCounter.CLEAN_DROPS)
+            self._drop(hvp, HPT_SLOT)
+        elif not flags & F_DIRTY and flags & F_ZEROED:
+            self._drop(hvp, HPT_NONE)
+        elif self.limits.zero_pages and self.memory.is_zero(frame):
+            self.obs.count(HostCounter.ZERO_OUT)
+            if slot >= 0:
+                self._slot[hvp] = -1
+                self._free_slot(slot)
+            self._drop(hvp, HPT_ZERO)
+        else:
+            self._state[hvp] = HPT_WRITING
+            self._serial += 1
+            self._writes[hvp] = self._serial
+            self.obs.trace(Kind.SWAP_OUT, a=hvp, b=slot & 0xFFFF_FFFF_FFFF_FFFF, c=frame)
+            self.emit(SwapOut(self._serial, hvp, frame, slot, self.memory.checksum(frame)))
+
+    def _drop(self, hvp: int, state: int) -> None:
+        frame = self._frame[hvp]
+        self._state[hvp] = state
+        self._flags[hvp] = 0
+        self._frame[hvp] = -1
+        self._give_frame(frame)
+
+    def _swap_out_done(self, event: SwapOutDone) -> None:
+        hvp = event.hvp
+        if self._writes.get(hvp) != event.serial:
+            self._stale_write(event)
+            return
+        del self._writes[hvp]
+        if not event.ok:
+            self._write_failed(event)
+            return
+        self.swap_full = False
+        self.obs.count(HostCounter.SWAP_OUT_PAGES)
+        self.obs.trace(Kind.SWAP_OUT_DONE, a=hvp, b=event.slot, c=event.frame)
+        self._slot[hvp] = event.slot
+        if self._state[hvp] == HPT_WRITING:
+            self._drop(hvp, HPT_SLOT)
+        else:
+            # Taken back and only read since: clean, with a valid slot. Its nested entry stays read-only until the next store,
+            # which faults once and finds nothing to cancel.
+            self._flags[hvp] &= ~(F_WRITEBACK | F_DIRTY)
+
+    def _stale_write(self, event: SwapOutDone) -> None:
+        """Answer to a cancelled write: only now may its slot and its frame be used again."""
+        if event.slot >= 0:
+            self._free_slot(event.slot)
+        frame = self._pinned.pop(event.serial, -1)
+        if frame in self._limbo and frame not in self._pinned.values():
+            self._limbo.discard(frame)
+            self._push_free(frame)
+
+    def _write_failed(self, event: SwapOutDone) -> None:
+        """The page stays in memory, dirty. A full swap stops reclaim until a slot comes back."""
+        hvp = event.hvp
+        self.swap_full = self.swap_full or event.full
+        self._slot[hvp] = -1
+        self._state[hvp] = HPT_RESIDENT
+        self._flags[hvp] = (self._flags[hvp] | F_DIRTY | F_YOUNG) & ~F_WRITEBACK
+        self.obs.count(HostCounter.IO_ERRORS)
+
+    def _free_slot(self, slot: int) -> None:
+        self.swap_full = False
+        self.emit(SlotFree(slot))
+
+    # -- frames --------------------------------------------------------------------------------------------
+    def _take_frame(self, hvp: int) -> int:
+        if self.free_count == 0:
+            raise MachineError("take_frame: none is free; callers queue for one")
+        self.free_count -= 1
+        frame = self._free[self.free_count]
+        self._owner[frame] = hvp
+        self._frame[hvp] = frame
+        return frame
+
+    def _give_frame(self, frame: int) -> None:
+        self._owner[frame] = -1
+        if self._pinned and frame in self._pinned.values():
+            self._limbo.add(frame)
+            return
+        self._push_free(frame)
+
+    def _push_free(self, frame: int) -> None:
+        self._free[self.free_count] = frame
+        self.free_count += 1
+
+    def _feed_frame_waiters(self) -> None:
+        """Frames came back: first come, first served."""
+        while self._frame_waiters and self.free_count:
+            hvp = self._frame_waiters.popleft()
+            if self._state[hvp] == HPT_READING:
+                if self._frame[hvp] < 0:
+                    self._read(hvp)
+            else:
+                self._serve(hvp)

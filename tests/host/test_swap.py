@@ -1,0 +1,144 @@
+"""The swap machine: epochs, fences, windows, slots."""
+
+from __future__ import annotations
+
+import pytest
+
+from host import events as ev
+from host.swap import SLOTS_PER_DAEMON, WINDOW, SwapMachine
+from proto.machine import MachineError
+from proto.stats import HostCounter
+from tests.host.harness import Recorder
+
+
+def machine(slots: tuple[int, ...] = (1000,), up: bool = True) -> tuple[SwapMachine, Recorder]:
+    obs = Recorder()
+    swap = SwapMachine(slots, obs)
+    if up:
+        for d in range(len(slots)):
+            swap.on([ev.DaemonUp(d, 0)], 0)
+    return swap, obs
+
+
+def write(swap: SwapMachine, serial: int, hvp: int = 0, slot: int = -1) -> list[object]:
+    return swap.on([ev.SwapOut(serial, hvp, 5, slot, 99)], 0)
+
+
+def sent(effects: list[object]) -> list[ev.SendIo]:
+    return [e for e in effects if isinstance(e, ev.SendIo)]
+
+
+def reply(swap: SwapMachine, io: ev.SendIo, result: int = 4096, epoch: int | None = None) -> list[object]:
+    return swap.on([ev.IoReply(io.daemon, io.epoch if epoch is None else epoch, io.request, result, 1)], 10)
+
+
+def test_write_then_read_returns_the_sum_of_the_acknowledged_write() -> None:
+    swap, _ = machine()
+    (io,) = sent(write(swap, 1))
+    (done,) = reply(swap, io)
+    assert isinstance(done, ev.SwapOutDone)
+    assert done.ok
+    (read,) = sent(swap.on([ev.SwapIn(0, done.slot, 9)], 0))
+    (came,) = reply(swap, read)
+    assert came == ev.SwapInDone(0, done.slot, 9, True, 99)
+
+
+def test_duplicate_and_foreign_replies_are_dropped_and_counted() -> None:
+    swap, obs = machine()
+    (io,) = sent(write(swap, 1))
+    assert reply(swap, io, epoch=7) == []
+    assert len(reply(swap, io)) == 1
+    assert reply(swap, io) == []
+    assert obs.counts[HostCounter.STALE_REPLIES] == 2
+
+
+def test_unanswered_requests_are_sent_again_only_after_fence_and_new_epoch() -> None:
+    swap, obs = machine()
+    (first,) = sent(write(swap, 1))
+    assert swap.on([ev.DaemonLost(0, 0)], 0) == []
+    assert sent(swap.on([ev.SwapIn(3, 2, 4)], 0)) == [], "nothing is sent to a dead daemon"
+    with pytest.raises(MachineError):
+        swap.on([ev.DaemonUp(0, 1)], 0)
+    assert sent(swap.on([ev.DaemonFenced(0, 0)], 0)) == []
+    again, _read = sent(swap.on([ev.DaemonUp(0, 1)], 0))
+    assert (again.request, again.slot, again.frame, again.epoch) == (
+        first.request,
+        first.slot,
+        first.frame,
+        1,
+    )
+    assert reply(swap, first) == [], "a late reply of the old epoch means nothing"
+    assert len(reply(swap, again)) == 1
+    assert obs.counts[HostCounter.RESENT] == 1
+
+
+def test_a_reply_that_was_sent_before_the_death_still_counts() -> None:
+    swap, _ = machine()
+    (first,) = sent(write(swap, 1))
+    swap.on([ev.DaemonLost(0, 0)], 0)
+    assert len(reply(swap, first)) == 1
+    swap.on([ev.DaemonFenced(0, 0)], 0)
+    assert sent(swap.on([ev.DaemonUp(0, 1)], 0)) == []
+
+
+def test_death_before_hello() -> None:
+    swap, _ = machine(up=False)
+    swap.on([ev.SwapIn(0, 0, 0)], 0)
+    swap.on([ev.DaemonLost(0, 0)], 0)
+    swap.on([ev.DaemonFenced(0, 0)], 0)
+    assert len(sent(swap.on([ev.DaemonUp(0, 1)], 0))) == 1
+
+
+def test_window_bounds_what_is_out() -> None:
+    swap, _ = machine((4 * WINDOW,))
+    out = sent(swap.on([ev.SwapOut(i, i, i, -1, 0) for i in range(2 * WINDOW)], 0))
+    assert len(out) == WINDOW
+    assert len(sent(reply(swap, out[0]))) == 1
+
+
+def test_errors_are_retried_a_bounded_number_of_times_then_reported() -> None:
+    swap, obs = machine()
+    (io,) = sent(swap.on([ev.SwapIn(0, 0, 0)], 0))
+    attempts = 1
+    effects = reply(swap, io, -5)
+    while sent(effects):
+        attempts += 1
+        effects = reply(swap, sent(effects)[0], -5)
+    assert attempts == 3
+    assert effects == [ev.SwapInDone(0, 0, 0, False, 0)]
+    assert obs.counts[HostCounter.IO_ERRORS] == 1
+
+
+def test_short_read_is_an_error_too() -> None:
+    swap, _ = machine()
+    (io,) = sent(swap.on([ev.SwapIn(0, 0, 0)], 0))
+    assert sent(reply(swap, io, 100)) != []
+
+
+def test_full_swap_is_said_and_freed_slots_are_reused() -> None:
+    swap, _ = machine((1,))
+    (io,) = sent(write(swap, 1))
+    (full,) = write(swap, 2)
+    assert isinstance(full, ev.SwapOutDone)
+    assert full.full
+    (done,) = reply(swap, io)
+    assert isinstance(done, ev.SwapOutDone)
+    swap.on([ev.SlotFree(done.slot)], 0)
+    assert len(sent(write(swap, 3))) == 1
+
+
+def test_failed_write_gives_its_slot_back() -> None:
+    swap, _ = machine((1,))
+    effects = write(swap, 1)
+    while sent(effects):
+        effects = reply(swap, sent(effects)[0], -28)
+    assert isinstance(effects[-1], ev.SwapOutDone)
+    assert not effects[-1].ok
+    assert swap.slots_used == 0
+
+
+def test_slots_are_spread_over_daemons() -> None:
+    swap, _ = machine((10, 10))
+    daemons = [sent(write(swap, i, i))[0].daemon for i in range(4)]
+    assert daemons == [0, 1, 0, 1]
+    assert SLOTS_PER_DAEMON > 10
