@@ -1,0 +1,251 @@
+"""The commands: one table of names, arguments and handlers.
+
+Purpose: a command is a row of COMMANDS, a function that adds its arguments, and a function `cmd_x(args) ->
+int` that imports its implementation when it runs. To add one, write the two functions and the row.
+
+Invariants: standard library and `proto.errors` only at import, since usage errors and `--help` need no
+dependencies; exit codes are 0 (finished, every check held), 1 (it ran and something failed), 2 (bad usage or
+configuration); a `UserError` becomes its message on stderr and 2.
+
+Not handled here: signals during a run, which the launcher's own loop turns into an orderly end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from launcher import bootstrap, options
+from proto.errors import UserError
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
+DEFAULT_COMMAND = "compare"
+DEFAULT_TOPOLOGY = "topologies/quickstart.toml"
+
+
+class Rest(Enum):
+    """Which arguments a command takes as they are, in `args.rest`, unseen by argparse."""
+
+    NONE = "none"
+    AFTER_DASHES = "those after the first --"
+    ALL = "all"
+
+
+@dataclass(frozen=True)
+class Command:
+    """A row of the table. needs: the requirement set that the bootstrap provides before the handler runs."""
+
+    name: str
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    handler: Callable[[argparse.Namespace], int]
+    needs: bootstrap.Needs = "run"
+    rest: Rest = Rest.NONE
+
+
+@dataclass(frozen=True)
+class Request:
+    """A command line that was understood."""
+
+    command: Command
+    args: argparse.Namespace
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parse and run, in an interpreter that has the dependencies; returns the exit code."""
+    return run(parse(argv))
+
+
+def parse(argv: Sequence[str]) -> Request:
+    """Understand a command line; nothing is run. SystemExit after `--help` (0) and on bad usage (2)."""
+    words = list(argv) or [DEFAULT_COMMAND]
+    command = next((row for row in COMMANDS if row.name == words[0]), None)
+    rest: list[str] = []
+    if command is not None and command.rest is Rest.ALL:
+        words, rest = words[:1], words[1:]
+    elif command is not None and command.rest is Rest.AFTER_DASHES and "--" in words:
+        dashes = words.index("--")
+        words, rest = words[:dashes], words[dashes + 1 :]
+    args = _parser().parse_args(words)
+    args.rest = rest
+    return Request(args.command, args)
+
+
+def run(request: Request) -> int:
+    """Run the command; a UserError is shown without a traceback."""
+    try:
+        return request.command.handler(request.args)
+    except UserError as error:
+        sys.stderr.write(f"asyncpf: error: {error}\n")
+        return EXIT_USAGE
+
+
+def _parser() -> argparse.ArgumentParser:
+    # No abbreviations: a later option must not change what a script's shortened one means.
+    parser = argparse.ArgumentParser(
+        prog="asyncpf",
+        description="Emulate KVM guests with asynchronous page faults.",
+        epilog=f"Without a command: {DEFAULT_COMMAND} {DEFAULT_TOPOLOGY}.",
+        allow_abbrev=False,
+    )
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        subparser = subparsers.add_parser(
+            command.name, help=command.help, description=command.help, allow_abbrev=False
+        )
+        command.add_arguments(subparser)
+        subparser.set_defaults(command=command)
+    return parser
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    options.add_topology(parser)
+    parser.add_argument(
+        "--mode", choices=options.MODES, help="how page faults are delivered (default: interrupt)"
+    )
+    options.add_run_options(parser)
+
+
+def cmd_run(args: argparse.Namespace) -> int:
+    """`run TOPOLOGY`: one run."""
+    from launcher import commands
+
+    return commands.cmd_run(args)
+
+
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    options.add_topology(parser, default=DEFAULT_TOPOLOGY)
+    parser.add_argument(
+        "--modes",
+        type=options.mode_list,
+        default=("sync", "halt", "interrupt"),
+        metavar="MODE,...",
+        help="the modes to compare (default: sync,halt,interrupt)",
+    )
+    parser.add_argument(
+        "--repeat", type=options.positive_count, default=1, metavar="R", help="runs of each mode (default: 1)"
+    )
+    options.add_run_options(parser)
+
+
+def cmd_compare(args: argparse.Namespace) -> int:
+    """`compare [TOPOLOGY]`: the same work under several modes, as a table."""
+    from launcher import commands
+
+    return commands.cmd_compare(args)
+
+
+def _add_record(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "asyncpf record [-h] [-o FILE] -- COMMAND [ARGUMENT ...]"
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="the trace file to write")
+
+
+def cmd_record(args: argparse.Namespace) -> int:
+    """`record [-o FILE] -- COMMAND...`: the data accesses of a real program, under valgrind."""
+    from launcher import commands
+
+    return commands.cmd_record(args)
+
+
+def _add_trace(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE", help="a recorded trace")
+    options.add_json(parser)
+
+
+def cmd_trace(args: argparse.Namespace) -> int:
+    """`trace FILE`: counts, footprint, reads and writes, reuse."""
+    from launcher import commands
+
+    return commands.cmd_trace(args)
+
+
+def _add_stress(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--vcpus", type=options.positive_count, default=64, metavar="N", help="virtual CPUs (default: 64)"
+    )
+    options.add_run_options(parser)
+
+
+def cmd_stress(args: argparse.Namespace) -> int:
+    """`stress`: many vCPUs under overcommit, every page checked."""
+    from launcher import commands
+
+    return commands.cmd_stress(args)
+
+
+def _add_chaos(parser: argparse.ArgumentParser) -> None:
+    options.add_topology(parser)
+    parser.add_argument(
+        "--kill", choices=("swapd",), default="swapd", help="which process dies (default: swapd)"
+    )
+    parser.add_argument(
+        "--every",
+        type=options.duration_ns,
+        default=options.duration_ns("500ms"),
+        metavar="TIME",
+        dest="every_ns",
+        help="time between two kills (default: 500ms)",
+    )
+    parser.add_argument(
+        "--for",
+        type=options.duration_ns,
+        default=options.duration_ns("20s"),
+        metavar="TIME",
+        dest="for_ns",
+        help="how long (default: 20s)",
+    )
+    options.add_run_options(parser)
+
+
+def cmd_chaos(args: argparse.Namespace) -> int:
+    """`chaos TOPOLOGY`: a run whose daemons are killed again and again."""
+    from launcher import commands
+
+    return commands.cmd_chaos(args)
+
+
+def cmd_topologies(args: argparse.Namespace) -> int:
+    """`topologies`: the ready-made ones, one line each."""
+    from launcher import commands
+
+    return commands.cmd_topologies(args)
+
+
+def cmd_test(args: argparse.Namespace) -> int:
+    """`test [PYTEST ARGUMENT...]`: replaces this process by pytest in the checkout; -q without arguments."""
+    if not (bootstrap.APP_DIR / "tests").is_dir():
+        raise UserError("the tests are not installed", where="test", allowed="launch.py test, in a checkout")
+    os.chdir(bootstrap.APP_DIR)
+    bootstrap.restart([sys.executable, "-m", "pytest", *(args.rest or ["-q"])])
+
+
+def _no_arguments(parser: argparse.ArgumentParser) -> None:
+    """For commands that have none, and for those that take all as they are."""
+
+
+COMMANDS = (
+    Command("run", "run one topology", _add_run, cmd_run),
+    Command(
+        "compare", "run the same work under several modes and show the ratios", _add_compare, cmd_compare
+    ),
+    Command(
+        "record", "record the memory accesses of a program", _add_record, cmd_record, rest=Rest.AFTER_DASHES
+    ),
+    Command("trace", "show what a recorded trace holds", _add_trace, cmd_trace),
+    Command("stress", "many vCPUs under overcommit, with every page checked", _add_stress, cmd_stress),
+    Command("chaos", "kill processes during a run and check that nothing is lost", _add_chaos, cmd_chaos),
+    Command("topologies", "list the ready-made topologies", _no_arguments, cmd_topologies),
+    Command(
+        "test",
+        "run the tests; the arguments go to pytest",
+        _no_arguments,
+        cmd_test,
+        needs="test",
+        rest=Rest.ALL,
+    ),
+)

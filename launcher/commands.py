@@ -1,0 +1,248 @@
+"""What the commands do, after the command line was understood.
+
+Purpose: one function per command, `cmd_x(args) -> exit code`; launcher/cli.py says which arguments there are.
+
+Invariants: results go to standard output, everything else to standard error; 0 = finished and every check held, 1 = it ran and
+something failed (an interrupted run too); bad input raises `UserError` before anything has started.
+
+Not handled here: how a run goes (launcher/execute.py) and what its figures mean (report/).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import setproctitle
+
+from launcher import record as recorder
+from launcher import reuse, rundir
+from launcher.chaos import ChaosPlan
+from launcher.execute import RunOptions, RunResult, execute
+from launcher.progress import Progress
+from launcher.runfile import write_json
+from launcher.signals import Signals
+from launcher.zygote_link import APP_DIR
+from proto.layout import ALLOC_FIRST_GFN
+from proto.topology import PAGES_PER_MIB, Task, Topology, list_topologies, load
+from proto.topology_keys import ALLOWANCE_SPARE_PAGES
+from proto.units import ASYNC_PF_PER_VCPU
+from report import compare as comparison
+from report import summary as summaries
+from report import text
+
+OK, FAILED = 0, 1
+TOPOLOGIES: Final = APP_DIR / "topologies"
+STRESS_TOPOLOGY: Final = TOPOLOGIES / "many-vcpus.toml"
+STRESS_OVERCOMMIT: Final = 4
+STRESS_TASK_SPARE_PAGES: Final = 16
+"""Page tables of a task and what else its address space needs (proto.topology.process_pages)."""
+CHAOS_STAMP_KIB: Final = 4096
+TRACE_SUFFIX: Final = ".apft"
+
+
+def cmd_run(args: argparse.Namespace) -> int:
+    """One run: its summary as text or JSON."""
+    topology = _load(args, mode=args.mode)
+    return _run_and_show(topology, RunOptions(out=args.out), args, must_check_reads=False)
+
+
+def cmd_stress(args: argparse.Namespace) -> int:
+    """Many vCPUs with a checked task on each, four times the memory the host gives."""
+    changes = stress_changes(args.vcpus) + args.changes
+    topology = load(STRESS_TOPOLOGY, changes, profile=args.profile, seconds=args.seconds, seed=args.seed)
+    return _run_and_show(topology, RunOptions(out=args.out), args, must_check_reads=True)
+
+
+def cmd_chaos(args: argparse.Namespace) -> int:
+    """A run whose daemons are killed again and again; a checked task is added if there is none."""
+    seconds = args.seconds if args.seconds is not None else args.for_ns / 1e9
+    topology = with_stamp(_load(args, mode=None, seconds=seconds))
+    chaos = ChaosPlan(args.every_ns, args.for_ns, len(topology.swapd))
+    return _run_and_show(topology, RunOptions(out=args.out, chaos=chaos), args, must_check_reads=True)
+
+
+def cmd_compare(args: argparse.Namespace) -> int:
+    """The same work under several modes, the order of the modes rotated from repeat to repeat."""
+    topologies = {mode: _load(args, mode=mode) for mode in args.modes}
+    base = rundir.named(args.out)[0] if args.out is not None else None
+    runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in args.modes}
+    failed: list[str] = []
+    _title()
+    progress = Progress(sys.stderr)
+    with Signals() as signals:
+        for repeat, mode in rotation(args.modes, args.repeat):
+            topology = topologies[mode]
+            progress.prefix = f"{topology.run.name} {mode} {repeat + 1}/{args.repeat}"
+            out = base / f"{mode}-{repeat + 1}" if base is not None else None
+            result = execute(topology, RunOptions(out=out), signals, progress)
+            runs[mode].append(result.summary)
+            if found := summaries.failures(result.summary):
+                failed += [f"{mode}: {reason}" for reason in found]
+                _show_details(result)
+            else:
+                progress.say(f"done, work {result.summary['work']['total']:,}")
+            if signals.count:
+                break
+    done = {mode: found for mode, found in runs.items() if found}
+    rows = comparison.table(done)
+    reasons = {mode: _first_reason(topologies[mode], found) for mode, found in done.items()}
+    report = {"rows": rows, "not_comparable": reasons, "failures": failed, "runs": runs}
+    if base is not None:
+        write_json(base / "compare.json", report)
+    if args.json:
+        print(json.dumps(report, indent=2))
+    else:
+        print(comparison.render(rows, reasons), end="")
+    return _verdict(failed)
+
+
+def cmd_topologies(_args: argparse.Namespace) -> int:
+    """The ready-made topologies, one line each."""
+    found = list_topologies(TOPOLOGIES)
+    width = max((len(name) for name, _ in found), default=0)
+    for name, description in found:
+        print(f"{name:<{width}}  {description}")
+    return OK
+
+
+def cmd_trace(args: argparse.Namespace) -> int:
+    """What a recorded trace holds."""
+    report = reuse.trace_report(args.file)
+    if args.json:
+        print(json.dumps(trace_figures(report), indent=2))
+    else:
+        print(reuse.format_report(report).rstrip("\n"))
+    return OK
+
+
+def cmd_record(args: argparse.Namespace) -> int:
+    """The data accesses of a real program, in a trace file named after it unless the user names it."""
+    name = f"{Path(args.rest[0]).name}{TRACE_SUFFIX}" if args.rest else f"trace{TRACE_SUFFIX}"
+    recorder.record(args.rest, args.output if args.output is not None else Path(name))
+    return OK
+
+
+# -- parts ------------------------------------------------------------------------------------------------------------------
+
+
+def find_topology(name: str) -> Path:
+    """The file that a user means: a path, or the name of a ready-made topology. It may not exist: `load` tells."""
+    for path in (Path(name), APP_DIR / name, TOPOLOGIES / f"{name}.toml", TOPOLOGIES / name):
+        if path.is_file():
+            return path
+    return Path(name)
+
+
+def stress_changes(vcpus: int) -> list[str]:
+    """What `--set` would have to say to make a stress for ``vcpus`` of the ready-made topology of 64.
+
+    The host gets as little memory as it can work with, the guest four times that, its tasks nearly all of it: so pages are swapped
+    from the first second on. Nothing is paced.
+    """
+    pages = vcpus * ASYNC_PF_PER_VCPU + ALLOWANCE_SPARE_PAGES
+    allowance_mib = 1 + -(-pages // PAGES_PER_MIB)
+    guest_mib = STRESS_OVERCOMMIT * allowance_mib
+    task_pages = (guest_mib * PAGES_PER_MIB - ALLOC_FIRST_GFN) // (2 * vcpus) - STRESS_TASK_SPARE_PAGES
+    return [
+        f"vm.vcpus={vcpus}",
+        f"host.allowance_mib={allowance_mib}",
+        f"vm.memory_mib={guest_mib}",
+        "vm.rate_ops_per_s=0",
+        f"vm.0.task.0.count={vcpus}",
+        f"vm.0.task.1.count={vcpus}",
+        f"vm.0.task.0.memory_kib={4 * task_pages}",
+        f"vm.0.task.1.memory_kib={4 * task_pages}",
+    ]
+
+
+def with_stamp(topology: Topology) -> Topology:
+    """The topology with a task that checks what it reads; UserError when the first guest has no room for one."""
+    if any(task.workload == "stamp" for vm in topology.vm for task in vm.task):
+        return topology
+    first = topology.vm[0]
+    task = Task(workload="stamp", memory_kib=CHAOS_STAMP_KIB)
+    changed = dataclasses.replace(first, task=(*first.task, task))
+    return Topology.from_dict(dataclasses.replace(topology, vm=(changed, *topology.vm[1:])).to_dict())
+
+
+def rotation(modes: Sequence[str], repeats: int) -> list[tuple[int, str]]:
+    """(repeat, mode) in the order of running: each repeat begins with the next mode, so that none always goes first."""
+    return [(r, modes[(r + i) % len(modes)]) for r in range(repeats) for i in range(len(modes))]
+
+
+def trace_figures(report: reuse.TraceReport) -> dict[str, Any]:
+    """The figures of a trace as plain values."""
+    info = report.info
+    return {
+        "path": str(info.path),
+        "command": list(info.command),
+        "tool": info.tool,
+        "recorded": info.recorded,
+        "ended": info.ended,
+        "file_bytes": info.file_bytes,
+        "accesses": info.accesses,
+        "reads": info.reads,
+        "writes": info.writes,
+        "pages": info.pages,
+        "written_pages": report.written_pages,
+        "hot_percent": round(report.hot_percent, 3),
+        "lru_faults": {str(percent): faults for percent, faults in report.lru_faults.items()},
+    }
+
+
+def _load(args: argparse.Namespace, *, mode: str | None, seconds: float | None = None) -> Topology:
+    return load(
+        find_topology(args.topology),
+        args.changes,
+        mode=mode,
+        profile=args.profile,
+        seconds=args.seconds if seconds is None else seconds,
+        seed=args.seed,
+    )
+
+
+def _run_and_show(
+    topology: Topology, options: RunOptions, args: argparse.Namespace, *, must_check_reads: bool
+) -> int:
+    _title()
+    progress = Progress(sys.stderr, f"{topology.run.name} {topology.run.mode}")
+    with Signals() as signals:
+        result = execute(topology, options, signals, progress)
+    if args.json:
+        print(json.dumps(result.summary, indent=2))
+    else:
+        print(text.render(result.summary), end="")
+    if result.run_dir is not None:
+        progress.say(f"everything is in {result.run_dir}")
+    failed = summaries.failures(result.summary, must_check_reads=must_check_reads)
+    if failed:
+        _show_details(result)
+    return _verdict(failed)
+
+
+def _first_reason(topology: Topology, runs: Sequence[Mapping[str, Any]]) -> str:
+    return next(filter(None, (summaries.not_comparable(topology, run) for run in runs)), "")
+
+
+def _show_details(result: RunResult) -> None:
+    for line in result.details:
+        sys.stderr.write(f"  {line}\n")
+    if result.log:
+        sys.stderr.write("  last lines of its log:\n")
+        sys.stderr.writelines(f"    {line}\n" for line in result.log)
+
+
+def _verdict(failed: Sequence[str]) -> int:
+    for reason in failed:
+        sys.stderr.write(f"asyncpf: failed: {reason}\n")
+    return FAILED if failed else OK
+
+
+def _title() -> None:
+    setproctitle.setproctitle("asyncpf:launcher-0")

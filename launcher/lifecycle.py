@@ -1,0 +1,277 @@
+"""The life of a run as a pure machine: what has happened in, what to do out.
+
+Purpose: decide the order in which processes start, what the end of each of them means, when daemons are started again, and why and
+how the run ends. launcher/supervisor.py performs the effects.
+
+Order of a run: host; when its sockets are bound, daemons and vCPUs; the start barrier; the measured time, which the host ends; the
+end of every vCPU. A daemon that ends is told to the host, then fenced (no I/O of it can land any more), then the fence is told,
+then its successor starts with the next epoch.
+
+Invariants: effects are performed in the order given, each before the next; after `End` no further effect is given; a successor
+never starts before the fence; every wait has a bound, so that a run ends at most `setup + seconds + drain` after its start.
+
+Deliberately not here: clocks (every call is told the time), processes, sockets, how a fence is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Final, NamedTuple
+
+from launcher.zygote_link import Child, describe_status
+from proto import wire
+
+MS: Final = 1_000_000
+S: Final = 1_000_000_000
+STABLE_NS: Final = 200 * MS
+"""A daemon that lived this long had a start that worked."""
+QUICK_DEATHS_MAX: Final = 5
+"""Starts in a row that did not work: a sixth would not either."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """How long a run may stay in each phase, ns."""
+
+    setup_ns: int = 120 * S
+    """To the start barrier: forks, boot, filling guest memory."""
+    drain_ns: int = 60 * S
+    """From the end of the measured time to the end of the last vCPU, the final sweeps of `stamp` tasks included."""
+    stop_ns: int = 1 * S
+    """From the user's Ctrl-C to the teardown."""
+
+
+class Fork(NamedTuple):
+    """Effect: start these processes."""
+
+    children: Sequence[Child]
+
+
+class Tell(NamedTuple):
+    """Effect: send this to the host."""
+
+    message: wire.Message
+
+
+class Fence(NamedTuple):
+    """Effect: wait until no I/O of the dead daemon can land any more."""
+
+    daemon: int
+
+
+class Kill(NamedTuple):
+    """Effect: SIGKILL this process."""
+
+    child: Child
+    pid: int
+
+
+class End(NamedTuple):
+    """Effect, the last one: the run is over. ``orderly``: the processes will leave by themselves when told."""
+
+    ended: str
+    orderly: bool
+    culprit: str = ""
+    """Name of the process whose log tells more (vcpu-3), if there is one."""
+
+
+Effect = Fork | Tell | Fence | Kill | End
+
+
+class Phase(Enum):
+    """Where a run is."""
+
+    STARTING = "starting"
+    """The host is being started."""
+    FILLING = "filling memory"
+    RUNNING = "running"
+    STOPPING = "stopping"
+    """The user has asked for the end."""
+    OVER = "over"
+
+
+@dataclass(slots=True)
+class RestartBudget:
+    """How often one daemon may be started again.
+
+    limit: restarts in all. A death within STABLE_NS of its start counts as a start that did not work, unless it was ordered
+    (chaos): QUICK_DEATHS_MAX of them in a row use the budget up.
+    """
+
+    limit: int
+    restarts: int = 0
+    quick_deaths: int = 0
+
+    def spent(self, alive_ns: int, *, ordered: bool) -> str:
+        """Count a death; why there may be no further start, or "" if there may (which is then counted)."""
+        if not ordered:
+            self.quick_deaths = self.quick_deaths + 1 if alive_ns < STABLE_NS else 0
+        if self.quick_deaths >= QUICK_DEATHS_MAX:
+            return f"died {self.quick_deaths} times in a row within {STABLE_NS // MS} ms of its start"
+        if self.restarts >= self.limit:
+            return f"used up its {self.limit} restarts (restart_limit)"
+        self.restarts += 1
+        return ""
+
+
+@dataclass(slots=True)
+class _Daemon:
+    budget: RestartBudget
+    epoch: int = 0
+    pid: int = 0
+    """0 while no process of the current epoch is known."""
+    started_ns: int = 0
+    ordered: bool = False
+    """Its death was ordered by chaos."""
+
+
+@dataclass(slots=True)
+class Lifecycle:
+    """See the module. Methods return the effects in order; `now_ns` is monotonic."""
+
+    vcpus: int
+    restart_limits: Sequence[int]
+    seconds: float
+    bounds: Bounds = field(default_factory=Bounds)
+    phase: Phase = Phase.STARTING
+    start_ns: int = 0
+    """When the barrier opened; 0 before."""
+    _deadline_ns: int = 0
+    _daemons: list[_Daemon] = field(default_factory=list)
+    _pids: dict[Child, int] = field(default_factory=dict)
+    _signals: int = 0
+
+    @property
+    def restarts(self) -> int:
+        """Daemons started again so far."""
+        return sum(daemon.budget.restarts for daemon in self._daemons)
+
+    @property
+    def pids(self) -> dict[Child, int]:
+        """Processes that are alive as far as is known."""
+        return dict(self._pids)
+
+    def begin(self, now_ns: int) -> None:
+        """The bounds count from here."""
+        self._daemons = [_Daemon(RestartBudget(limit)) for limit in self.restart_limits]
+        self._deadline_ns = now_ns + self.bounds.setup_ns
+
+    def on_ready(self) -> list[Effect]:
+        """The zygote can fork."""
+        return [] if self.phase is Phase.OVER else [Fork([Child("host", 0, 0)])]
+
+    def on_host(self, message: wire.Message, now_ns: int) -> list[Effect]:
+        """A message of the host."""
+        match message:
+            case wire.HostReady() if self.phase is Phase.STARTING:
+                self.phase = Phase.FILLING
+                daemons = [Child("swapd", d, 0) for d in range(len(self._daemons))]
+                for daemon in self._daemons:
+                    daemon.started_ns = now_ns
+                return [Fork([*daemons, *(Child("vcpu", cpu, 0) for cpu in range(self.vcpus))])]
+            case wire.Started(start_ns) if self.phase is Phase.FILLING:
+                self.phase = Phase.RUNNING
+                self.start_ns = start_ns
+                self._deadline_ns = now_ns + int(self.seconds * S) + self.bounds.drain_ns
+            case wire.Finished() if self.phase is not Phase.OVER:
+                return self._end("interrupted" if self._signals else "finished", orderly=True)
+            case wire.Failed(reason) if self.phase is not Phase.OVER:
+                return self._end(f"failed:{reason}", culprit="host-0")
+            case wire.RestartWanted(daemon, epoch, _):
+                return self._restart_wanted(daemon, epoch)
+        return []
+
+    def on_forked(self, child: Child, pid: int) -> list[Effect]:
+        """A process runs."""
+        self._pids[child] = pid
+        if child.role == "swapd":
+            self._daemons[child.number].pid = pid
+        return []
+
+    def on_exited(self, child: Child, status: int, now_ns: int) -> list[Effect]:
+        """A process was reaped; `status` as of waitpid."""
+        self._pids.pop(child, None)
+        if self.phase is Phase.OVER:
+            return []
+        if child.role != "swapd":
+            # Nobody leaves before being told to, not even with exit code 0.
+            return self._end(f"failed:{child.name} {describe_status(status)}", culprit=child.name)
+        return self._daemon_died(child, status, now_ns)
+
+    def on_zygote_gone(self, how: str) -> list[Effect]:
+        """The zygote ended; all others end with it."""
+        if self.phase is Phase.OVER:
+            return []
+        self._pids.clear()
+        return self._end(f"failed:zygote-0 {how}", culprit="zygote-0")
+
+    def on_signal(self, now_ns: int) -> list[Effect]:
+        """Ctrl-C or SIGTERM: the first ends the run in order, the second at once."""
+        self._signals += 1
+        if self.phase is Phase.OVER:
+            return []
+        if self._signals > 1 or self.phase is Phase.STARTING:
+            return self._end("interrupted")
+        self.phase = Phase.STOPPING
+        self._deadline_ns = now_ns + self.bounds.stop_ns
+        return [Tell(wire.Stop("interrupted"))]
+
+    def on_stalled(self, cpus: Sequence[int]) -> list[Effect]:
+        """These vCPUs hold a run token and make no progress."""
+        if self.phase is Phase.OVER or not cpus:
+            return []
+        names = ", ".join(f"vcpu-{cpu}" for cpu in cpus)
+        return self._end(f"failed:stalled: {names}", culprit=f"vcpu-{cpus[0]}")
+
+    def on_time(self, now_ns: int) -> list[Effect]:
+        """To be called when time has passed."""
+        if self.phase is Phase.OVER or now_ns < self._deadline_ns:
+            return []
+        if self.phase is Phase.STOPPING:
+            return self._end("interrupted")
+        return self._end(f"failed:timeout while {self.phase.value}")
+
+    def on_chaos(self, daemon: int) -> list[Effect]:
+        """Chaos wants this daemon dead; nothing happens if it is dead already."""
+        state = self._daemons[daemon]
+        if self.phase is not Phase.RUNNING or not state.pid:
+            return []
+        state.ordered = True
+        return [Kill(Child("swapd", daemon, state.epoch), state.pid)]
+
+    def fail(self, reason: str, culprit: str = "") -> list[Effect]:
+        """An effect could not be performed."""
+        return [] if self.phase is Phase.OVER else self._end(f"failed:{reason}", culprit=culprit)
+
+    def _restart_wanted(self, daemon: int, epoch: int) -> list[Effect]:
+        if self.phase is Phase.OVER or not 0 <= daemon < len(self._daemons):
+            return []
+        state = self._daemons[daemon]
+        # A process that has ended, or has a successor, needs no kill.
+        if epoch != state.epoch or not state.pid:
+            return []
+        return [Kill(Child("swapd", daemon, epoch), state.pid)]
+
+    def _daemon_died(self, child: Child, status: int, now_ns: int) -> list[Effect]:
+        d, epoch = child.number, child.epoch
+        state = self._daemons[d]
+        assert epoch == state.epoch, f"{child} died, the epoch is {state.epoch}"
+        why = state.budget.spent(now_ns - state.started_ns, ordered=state.ordered)
+        state.pid, state.ordered = 0, False
+        effects: list[Effect] = [Tell(wire.DaemonDown(d, epoch)), Fence(d), Tell(wire.DaemonFenced(d, epoch))]
+        if why:
+            text = f"{child.name} {why}, at last {describe_status(status)}"
+            return [
+                *effects,
+                Tell(wire.DaemonGone(d, text)),
+                *self._end(f"failed:{text}", culprit=child.name),
+            ]
+        state.epoch += 1
+        state.started_ns = now_ns
+        return [*effects, Fork([Child("swapd", d, state.epoch)])]
+
+    def _end(self, ended: str, *, orderly: bool = False, culprit: str = "") -> list[Effect]:
+        self.phase = Phase.OVER
+        return [End(ended, orderly, culprit)]

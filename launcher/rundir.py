@@ -1,0 +1,170 @@
+"""The directory of a run: where it lies, what belongs to it, how it goes away.
+
+Purpose: `create` makes the run directory (mode 0700) with its folders for logs and events, and the folder of the sockets.
+
+Invariants: a directory that existed before is used only when it is empty; only a directory without a name given by the user is
+removed at the end, and sockets always are; the path of a socket fits into what the kernel takes.
+
+Not handled here: what the files in it mean (report/, docs/).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from proto.errors import UserError
+from swapd import swapfile
+
+SOCKET_NAME: Final = "h"
+SOCKET_PATH_BYTES_MAX: Final = 107
+"""sun_path holds 108 bytes, one of them the terminator."""
+DISK_TEMP: Final = Path("/var/tmp")  # noqa: S108 - only as the parent of a fresh 0700 directory
+"""Where the file hierarchy standard puts temporary files that shall not lie in memory."""
+_FOLDERS: Final = ("logs", "events")
+IN_MEMORY: Final = frozenset({"tmpfs", "ramfs"})
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    """A run directory that exists.
+
+    temporary: removed at the end. created: it did not exist before. socket_dir: 0700 as well, mostly the same one.
+    """
+
+    path: Path
+    temporary: bool
+    created: bool
+    socket_dir: Path
+
+    @property
+    def socket(self) -> Path:
+        """Path of the host's socket."""
+        return self.socket_dir / SOCKET_NAME
+
+    @property
+    def endpoint(self) -> str:
+        """The host's ZeroMQ endpoint."""
+        return f"ipc://{self.socket}"
+
+    @property
+    def cleanup(self) -> list[Path]:
+        """What goes away at the end of the run, or with the launcher."""
+        paths = [self.socket] if self.socket_dir == self.path else [self.socket_dir]
+        return [*paths, self.path] if self.temporary else paths
+
+    def log(self, name: str) -> Path:
+        """Log file of a process, by its name: vcpu-3."""
+        return self.path / "logs" / f"{name}.log"
+
+    def log_tail(self, name: str, lines: int = 12, bytes_max: int = 4096) -> list[str]:
+        """The last lines of a process's log; none if it wrote nothing."""
+        try:
+            data = self.log(name).read_bytes()[-bytes_max:]
+        except OSError:
+            return []
+        return data.decode(errors="replace").splitlines()[-lines:]
+
+    def remove(self) -> None:
+        """Remove what does not outlive the run. OSError when that fails."""
+        with contextlib.suppress(FileNotFoundError):
+            self.socket.unlink()
+        for folder in (self.socket_dir, self.path) if self.temporary else (self.socket_dir,):
+            if folder.exists() and (self.temporary or folder != self.path):
+                shutil.rmtree(folder)
+
+    def discard(self) -> None:
+        """Undo `create`: the run was refused before it began."""
+        self.remove()
+        if not self.temporary:
+            for folder in _FOLDERS:
+                shutil.rmtree(self.path / folder)
+            if self.created:
+                # A user's file that has come meanwhile stays, and the directory with it.
+                with contextlib.suppress(OSError):
+                    self.path.rmdir()
+
+
+def create(out: Path | None, *, on_disk: bool) -> RunDir:
+    """Make the run directory: ``out``, or a temporary one without it.
+
+    on_disk: the swap file will lie in it, so a temporary one should not lie in memory. Raises UserError.
+    """
+    if out is None:
+        parent = _temporary_parent(on_disk=on_disk)
+        path, created = Path(tempfile.mkdtemp(prefix="asyncpf-", dir=parent)).resolve(), True
+    else:
+        path, created = named(out)
+    try:
+        for name in _FOLDERS:
+            (path / name).mkdir(mode=0o700)
+        return RunDir(path, out is None, created, _socket_dir(path))
+    except BaseException:
+        if created:
+            shutil.rmtree(path)
+        raise
+
+
+def filesystem_of(folder: Path) -> str:
+    """Name of the file system that holds a folder."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return swapfile.fs_type_of(fd)
+    finally:
+        os.close(fd)
+
+
+def _temporary_parent(*, on_disk: bool) -> Path:
+    parent = Path(tempfile.gettempdir())
+    if on_disk and filesystem_of(parent) in IN_MEMORY and _is_writable_disk(DISK_TEMP):
+        return DISK_TEMP
+    return parent
+
+
+def _is_writable_disk(folder: Path) -> bool:
+    return folder.is_dir() and os.access(folder, os.W_OK) and filesystem_of(folder) not in IN_MEMORY
+
+
+def named(out: Path) -> tuple[Path, bool]:
+    """Make the directory that the user named, or take it if it is empty; (absolute path, it was made). Raises UserError."""
+    allowed = "a new or an empty directory that can be written"
+    created = not out.exists()
+    try:
+        out.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if any(out.iterdir()):
+            raise UserError("the run directory is not empty", where="--out", found=str(out), allowed=allowed)
+        out.chmod(0o700)
+        probe = out / ".probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"the run directory cannot be written: {error.strerror}",
+            where="--out",
+            found=str(out),
+            allowed=allowed,
+        ) from error
+    return out.resolve(), created
+
+
+def _socket_dir(path: Path) -> Path:
+    if _fits(path):
+        return path
+    for parent in (tempfile.gettempdir(), "/tmp"):  # noqa: S108 - a fresh 0700 directory in it
+        if _fits(Path(parent) / "apfs-12345678"):
+            return Path(tempfile.mkdtemp(prefix="apfs-", dir=parent))
+    raise UserError(
+        "the paths of the run directory and of the temporary folder are too long for a socket",
+        where="--out",
+        found=str(path),
+        allowed=f"at most {SOCKET_PATH_BYTES_MAX - 1 - len(SOCKET_NAME)} bytes, or a shorter TMPDIR",
+    )
+
+
+def _fits(folder: Path) -> bool:
+    return len(os.fsencode(folder / SOCKET_NAME)) <= SOCKET_PATH_BYTES_MAX

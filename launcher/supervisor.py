@@ -1,0 +1,376 @@
+"""The loop that watches a run: one poller over zygote, host, signals and timers; decisions come from launcher/lifecycle.py.
+
+Purpose: turn what happens into events of the `Lifecycle`, perform its effects, sample what the summary needs, and take everything
+down at the end.
+
+Invariants: `tear_down` may be called at any time and leaves no process of the run; every wait is bounded; a message that cannot be
+read is counted and dropped.
+
+Not handled here: creating what the run needs (launcher/execute.py), files, results.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import zmq
+
+from launcher.chaos import ChaosPlan, OutageMeter
+from launcher.lifecycle import Bounds, Effect, End, Fence, Fork, Kill, Lifecycle, Phase, Tell
+from launcher.progress import Progress
+from launcher.resources import Resources
+from launcher.rundir import RunDir
+from launcher.runfile import usable_cores
+from launcher.signals import Signals
+from launcher.watch import Watch, private_memory_mib
+from launcher.zygote_link import Exited, Forked, Gone, Ready, Zygote, describe_exit
+from proto import link, wire
+from proto.layout import CTL_ABORT
+from proto.pcpu import Pcpu
+from proto.stats import HostCounter
+from proto.topology import Topology
+from report.summary import Snapshot
+from swapd import swapfile
+
+MS: Final = 1_000_000
+S: Final = 1_000_000_000
+TICK_MS: Final = 100
+"""Longest sleep of the loop."""
+QUICK_TICK_MS: Final = 5
+"""While something is expected that sends no message: the host's socket, the boot of vCPUs, the stop flag, the end of an outage."""
+CONNECT_TICK_MS: Final = 2
+STALL_NS: Final = 10 * S
+"""A vCPU that holds a run token this long without looking at anything is stuck or stopped."""
+STALL_CHECK_NS: Final = 1 * S
+LEAVE_ORDERLY_S: Final = 3.0
+LEAVE_ABORT_S: Final = 0.2
+ZYGOTE_STOP_S: Final = 5.0
+"""Reaping waits for reads that the device has begun."""
+ORPHANS_S: Final = 5.0
+ORPHAN_POLL_S: Final = 0.01
+MESSAGES_PER_TURN: Final = 64
+USS_SAMPLES_MAX: Final = 16
+PR_SET_CHILD_SUBREAPER: Final = 36
+PR_GET_CHILD_SUBREAPER: Final = 37
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of a run, beside the figures in shared memory."""
+
+    ended: str = ""
+    orderly: bool = False
+    culprit: str = ""
+    details: list[str] = field(default_factory=list)
+    start_ns: int = 0
+    end_ns: int = 0
+    started_in_s: float | None = None
+    restarts: int = 0
+    kills: int = 0
+    bad_messages: int = 0
+    memory: dict[str, float] | None = None
+    at_start: Snapshot | None = None
+    at_stop: Snapshot | None = None
+    outage: OutageMeter = field(default_factory=OutageMeter)
+
+
+class Supervisor:
+    """One run, from a zygote that has been handed everything to the end of all processes."""
+
+    def __init__(
+        self,
+        topology: Topology,
+        zygote: Zygote,
+        run_dir: RunDir,
+        resources: Resources,
+        signals: Signals,
+        progress: Progress,
+        *,
+        began_ns: int,
+        chaos: ChaosPlan | None = None,
+        bounds: Bounds | None = None,
+    ) -> None:
+        """began_ns: when the user's wait began, monotonic. chaos: kill daemons, too."""
+        self.outcome = Outcome()
+        self._topology = topology
+        self._zygote = zygote
+        self._zygote_gone = False
+        self._run_dir = run_dir
+        self._resources = resources
+        self._signals = signals
+        self._signals_seen = signals.count
+        self._progress = progress
+        self._began_ns = began_ns
+        self._chaos = chaos
+        limits = [daemon.restart_limit for daemon in topology.swapd]
+        self._life = Lifecycle(topology.total_vcpus, limits, topology.run.seconds, bounds or Bounds())
+        self._watch = Watch(resources.segments)
+        # An observer writes to no eventfd; their number says how many vCPUs there are.
+        self._pcpu = Pcpu(
+            resources.segments["pcpu"].u64,
+            -1,
+            [-1] * topology.total_vcpus,
+            topology.pcpus(usable_cores()),
+        )
+        self._stall_checked_ns = 0
+        self._memory_due_ns = 0
+        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
+        self._dealer: zmq.Socket[bytes] | None = None
+        self._connecting = False
+        self._poller = zmq.Poller()
+        self._poller.register(zygote.fileno(), zmq.POLLIN)
+        self._poller.register(signals.fileno(), zmq.POLLIN)
+        self._children_before = _children()
+        self._subreaper_before = _subreaper(on=True)
+
+    # -- the loop ---------------------------------------------------------------------------------------------------------
+    def run(self) -> None:
+        """Until the run is over; `outcome` says how. The processes are still there: `tear_down`."""
+        self._progress.phase("starting")
+        self._life.begin(time.monotonic_ns())
+        while self._life.phase is not Phase.OVER:
+            self._turn()
+
+    def _turn(self) -> None:
+        # A register's events are only a hint: every source is asked below without waiting, except the zygote.
+        ready = dict(self._poller.poll(self._timeout_ms()))
+        if self._dealer is not None:
+            self._hear_host(self._dealer)
+        if self._zygote.fileno() in ready:
+            self._hear_zygote()
+        if self._signals.fileno() in ready:
+            self._signals.drain()
+        while self._signals_seen < self._signals.count:
+            self._signals_seen += 1
+            self._progress.say("stopping" if self._signals_seen == 1 else "stopping at once")
+            self._perform(self._life.on_signal(time.monotonic_ns()))
+        self._on_time(time.monotonic_ns())
+
+    def _timeout_ms(self) -> int:
+        if self._connecting:
+            return CONNECT_TICK_MS
+        now_ns = time.monotonic_ns()
+        stop_near = (
+            self.outcome.at_start is not None
+            and self.outcome.at_stop is None
+            and now_ns + TICK_MS * MS > self._life.start_ns + int(self._topology.run.seconds * S)
+        )
+        booting = self.outcome.started_in_s is None and self._dealer is not None
+        if stop_near or booting or self.outcome.outage.is_down():
+            return QUICK_TICK_MS
+        if self._chaos is not None and self._chaos.next_ns:
+            return min(TICK_MS, max(0, -(-(self._chaos.next_ns - now_ns) // MS)))
+        return TICK_MS
+
+    def _hear_host(self, dealer: zmq.Socket[bytes]) -> None:
+        for _ in range(MESSAGES_PER_TURN):
+            try:
+                parts = dealer.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                message = wire.decode(parts[0])
+            except wire.WireError:
+                self.outcome.bad_messages += 1
+                continue
+            now_ns = time.monotonic_ns()
+            was = self._life.phase
+            self._perform(self._life.on_host(message, now_ns))
+            if self._life.phase is Phase.RUNNING and was is not Phase.RUNNING:
+                self._barrier_opened(now_ns)
+            elif self._life.phase is Phase.FILLING and was is not Phase.FILLING:
+                self._progress.phase(f"starting {self._topology.total_vcpus} vCPUs, filling memory")
+
+    def _hear_zygote(self) -> None:
+        for report in self._zygote.receive():
+            now_ns = time.monotonic_ns()
+            match report:
+                case Ready():
+                    self._perform(self._life.on_ready())
+                case Forked(child, pid):
+                    self._perform(self._life.on_forked(child, pid))
+                    if child.role == "host":
+                        self._connecting = True
+                case Exited(child, _, status):
+                    if child.role == "swapd":
+                        self._daemon_ended(child.number, now_ns)
+                    self._perform(self._life.on_exited(child, status, now_ns))
+                case Gone():
+                    self._zygote_gone = True
+                    self._poller.unregister(self._zygote.fileno())
+                    how = describe_exit(self._zygote.wait(ZYGOTE_STOP_S))
+                    self._perform(self._life.on_zygote_gone(how))
+
+    # -- effects ----------------------------------------------------------------------------------------------------------
+    def _perform(self, effects: Iterable[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case Fork(children):
+                    self._zygote.fork(children)
+                case Tell(message):
+                    if not self._tell(message):
+                        self._perform(self._life.fail("the host does not read its messages", "host-0"))
+                        return
+                case Fence(daemon):
+                    try:
+                        file = self._resources.files[daemon]
+                        swapfile.fence(file.fd, file.size_bytes)
+                    except (OSError, swapfile.SwapFileError) as error:
+                        self._perform(self._life.fail(f"the fence of swapd-{daemon} failed: {error}"))
+                        return
+                case Kill(_, pid):
+                    self._zygote.kill(pid)
+                case End():
+                    self._ended(effect)
+
+    def _tell(self, message: wire.Message) -> bool:
+        if self._dealer is None:
+            return True  # there is no host yet that would have to know
+        try:
+            self._dealer.send(wire.encode(message), zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
+
+    def _ended(self, end: End) -> None:
+        outcome = self.outcome
+        outcome.ended, outcome.orderly, outcome.culprit = end.ended, end.orderly, end.culprit
+        outcome.end_ns = time.monotonic_ns()
+        outcome.start_ns = self._life.start_ns
+        outcome.restarts = self._life.restarts
+        if end.ended.startswith(("failed:timeout", "failed:stalled")):
+            outcome.details += self._watch.describe_vcpus()
+
+    # -- timers -----------------------------------------------------------------------------------------------------------
+    def _on_time(self, now_ns: int) -> None:
+        self._perform(self._life.on_time(now_ns))
+        if self._connecting and self._run_dir.socket.exists():
+            self._connect()
+        outcome = self.outcome
+        if outcome.started_in_s is None and self._dealer is not None and self._watch.all_booted():
+            outcome.started_in_s = (now_ns - self._began_ns) / S
+        if now_ns - self._stall_checked_ns > STALL_CHECK_NS:
+            self._stall_checked_ns = now_ns
+            self._perform(self._life.on_stalled(self._pcpu.stalled(now_ns, STALL_NS)))
+        if outcome.at_start is not None:
+            self._on_measured_time(now_ns)
+        if self._progress.due():
+            self._show(now_ns)
+
+    def _on_measured_time(self, now_ns: int) -> None:
+        outcome = self.outcome
+        outcome.outage.sample(now_ns, self._watch.work(), self._watch.host(HostCounter.RESTARTS))
+        if outcome.at_stop is None and self._watch.stopped():
+            outcome.at_stop = self._watch.snapshot(now_ns)
+        if self._memory_due_ns and now_ns >= self._memory_due_ns:
+            self._memory_due_ns = 0
+            vcpus = [pid for child, pid in self._life.pids.items() if child.role == "vcpu"]
+            outcome.memory = private_memory_mib(vcpus[:: -(-len(vcpus) // USS_SAMPLES_MAX)])
+        if self._chaos is not None and (victim := self._chaos.due(now_ns)) is not None:
+            effects = self._life.on_chaos(victim)
+            outcome.kills += len(effects)
+            self._perform(effects)
+
+    def _barrier_opened(self, now_ns: int) -> None:
+        self.outcome.at_start = self._watch.snapshot(now_ns)
+        self.outcome.outage.begin(now_ns, self._watch.work())
+        self._memory_due_ns = now_ns + int(self._topology.run.seconds * S / 2)
+        if self.outcome.started_in_s is None:
+            self.outcome.started_in_s = (now_ns - self._began_ns) / S
+        if self._chaos is not None:
+            self._chaos.begin(now_ns)
+        self._progress.phase("running")
+
+    def _daemon_ended(self, daemon: int, now_ns: int) -> None:
+        if self._life.phase is Phase.OVER:
+            return
+        connected = self._watch.host(HostCounter.RESTARTS)
+        self.outcome.outage.down(daemon, now_ns, self._watch.work(), connected)
+
+    def _connect(self) -> None:
+        self._connecting = False
+        self._context = link.new_context()
+        self._dealer = link.connect_dealer(self._context, self._run_dir.endpoint, link.LAUNCHER_ID)
+        self._poller.register(self._dealer, zmq.POLLIN)
+        self._tell(wire.Hello(wire.Role.LAUNCHER, 0, 0, os.getpid()))
+
+    def _show(self, now_ns: int) -> None:
+        host = self._watch.host
+        swapped = f"{host(HostCounter.SWAP_IN_PAGES)} pages in, {host(HostCounter.SWAP_OUT_PAGES)} out"
+        if self._life.phase is Phase.RUNNING:
+            seconds = (now_ns - self._life.start_ns) / S
+            faults = f"{host(HostCounter.NESTED_FAULTS)} faults, {swapped}"
+            chaos = f", {self.outcome.kills} daemons killed" if self._chaos is not None else ""
+            self._progress.update(
+                f"{seconds:.1f} of {self._topology.run.seconds:g} s, work {self._watch.work():,}, {faults}{chaos}"
+            )
+        else:
+            self._progress.update(f"{self._life.phase.value}, {swapped}")
+
+    # -- the end ----------------------------------------------------------------------------------------------------------
+    def tear_down(self) -> None:
+        """End every process of the run, whatever state it is in, and release the sockets. Bounded."""
+        try:
+            if not self.outcome.orderly:
+                self._resources.segments["control"].u64[CTL_ABORT] = 1
+            if not self._zygote_gone:
+                self._let_leave(LEAVE_ORDERLY_S if self.outcome.orderly else LEAVE_ABORT_S)
+        finally:
+            if not self._zygote_gone:
+                self._zygote.stop(ZYGOTE_STOP_S)
+            self._reap_orphans()
+            _subreaper(on=self._subreaper_before)
+            if self._dealer is not None:
+                self._dealer.close(linger=0)
+            if self._context is not None:
+                self._context.term()
+
+    def _let_leave(self, timeout_s: float) -> None:
+        """Say goodbye and give the processes time to write down what they know."""
+        self._tell(wire.Bye(0))
+        deadline_s = time.monotonic() + timeout_s
+        while self._life.pids and not self._zygote_gone and (left_s := deadline_s - time.monotonic()) > 0:
+            # The dealer and the signals do not matter any more: only the zygote's reports.
+            if self._zygote.wait_report(left_s):
+                self._hear_zygote()
+        if self.outcome.orderly and self._life.pids:
+            names = ", ".join(sorted(child.name for child in self._life.pids))
+            self.outcome.details.append(f"killed, since they did not leave by themselves: {names}")
+
+    def _reap_orphans(self) -> None:
+        """Processes of a zygote that was killed are ours now: they are dead or about to be, and must not stay as zombies."""
+        deadline_s = time.monotonic() + ORPHANS_S
+        while (left := _children() - self._children_before - {self._zygote.pid}) and (
+            time.monotonic() < deadline_s
+        ):
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, os.WNOHANG)
+            time.sleep(ORPHAN_POLL_S)
+
+
+def _children() -> set[int]:
+    """Children of this process, zombies too."""
+    found: set[int] = set()
+    for path in Path("/proc/self/task").glob("*/children"):
+        found.update(map(int, path.read_text().split()))
+    return found
+
+
+def _subreaper(*, on: bool) -> bool:
+    """Whether orphaned descendants become children of this process, from now on; returns what was so before."""
+    libc: Any = ctypes.CDLL(None, use_errno=True)
+    before = ctypes.c_int()
+    if (
+        libc.prctl(PR_GET_CHILD_SUBREAPER, ctypes.byref(before), 0, 0, 0) != 0
+        or libc.prctl(PR_SET_CHILD_SUBREAPER, int(on), 0, 0, 0) != 0
+    ):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+    return bool(before.value)

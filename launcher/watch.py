@@ -1,0 +1,112 @@
+"""Looking at a run from outside: sums over the vCPU pages, memory of processes, the state of each vCPU in words.
+
+Purpose: what the launcher shows while a run is under way, what it samples for the summary, and what it says when a run hangs. All
+of it reads shared memory and /proc and writes nothing.
+
+Not handled here: the figures of a finished run (report/summary.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from proto.layout import (
+    CTL_STOP,
+    MODE_IN_GUEST,
+    VC_EXITS,
+    VC_VCLOCK_NS,
+    VC_WORK,
+    VP_COUNTERS,
+    VP_DOORBELL,
+    VP_STATE,
+    VP_TASK,
+)
+from proto.segments import Segment
+from proto.stats import HostCounter, StatsBlock, host_block
+from proto.units import WORDS_PER_PAGE
+from report.summary import Snapshot
+
+MODE_MASK: Final = 3
+KIB_PER_MIB: Final = 1024
+
+
+class Watch:
+    """Views of the segments of a run. They must not be used after the segments were closed."""
+
+    def __init__(self, segments: Mapping[str, Segment]) -> None:
+        """segments: of one run, mapped in this process."""
+        self._vcpus: npt.NDArray[np.uint64] = segments["vcpus"].u64.reshape(-1, WORDS_PER_PAGE)
+        self._stats = segments["stats"].u64
+        self._control = segments["control"].u64
+        self._host: StatsBlock = host_block(self._stats)
+
+    def work(self) -> int:
+        """Work units of all vCPUs so far."""
+        return int(self._vcpus[:, VP_COUNTERS + VC_WORK].sum())
+
+    def all_booted(self) -> bool:
+        """Whether every vCPU has left guest mode at least once, which it does for its boot."""
+        return bool((self._vcpus[:, VP_COUNTERS + VC_EXITS] > 0).all())
+
+    def stopped(self) -> bool:
+        """Whether the measured time is over."""
+        return bool(self._control[CTL_STOP])
+
+    def host(self, counter: HostCounter) -> int:
+        """A counter of the host."""
+        return self._host.get(counter)
+
+    def snapshot(self, now_ns: int) -> Snapshot:
+        """A copy of all figures."""
+        return Snapshot(now_ns, self._stats.copy(), self._vcpus.copy())
+
+    def describe_vcpus(self) -> list[str]:
+        """One line per vCPU: where it is."""
+        return list(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        for cpu, page in enumerate(self._vcpus):
+            inside = int(page[VP_STATE]) & MODE_MASK == MODE_IN_GUEST
+            task = int(page[VP_TASK])
+            yield (
+                f"vcpu-{cpu}: {'in guest mode' if inside else 'outside'}, {f'task {task - 1}' if task else 'idle'},"
+                f" {int(page[VP_COUNTERS + VC_EXITS])} exits, guest time"
+                f" {int(page[VP_COUNTERS + VC_VCLOCK_NS]) / 1e9:.3f} s, doorbell {int(page[VP_DOORBELL].astype(np.int64))}"
+            )
+
+
+def private_memory_mib(pids: Iterable[int]) -> dict[str, float] | None:
+    """Private memory of processes, MiB: the largest of them; None when none could be read.
+
+    ``uss``: pages that only this process maps, pages of shared segments and of its event file included if nobody else has touched
+    them. ``anonymous``: without those.
+    """
+    found = [sizes for pid in pids if (sizes := _private_kib(pid)) is not None]
+    if not found:
+        return None
+    return {
+        name: round(max(sizes[i] for sizes in found) / KIB_PER_MIB, 3)
+        for i, name in enumerate(("uss", "anonymous"))
+    }
+
+
+def _private_kib(pid: int) -> tuple[int, int] | None:
+    """(all private pages, those of mappings that are not shared), KiB; None when the process has gone."""
+    uss = anonymous = 0
+    shared = False
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+        for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+            name, _, rest = line.partition(" ")
+            if not name.endswith(":"):
+                shared = rest[3] == "s"
+            elif name.startswith("Private_") and name != "Private_Hugetlb:":
+                kib = int(rest.split()[0])
+                uss += kib
+                anonymous += 0 if shared else kib
+    return (uss, anonymous) if uss else None

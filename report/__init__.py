@@ -1,0 +1,1 @@
+"""Reading a finished or running run: counters, trace events, summary, comparison."""

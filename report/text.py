@@ -1,0 +1,77 @@
+"""A summary as a few lines for people.
+
+Not handled here: what the figures mean (docs/summary.md), tables of several runs (report/compare.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def render(summary: Mapping[str, Any]) -> str:
+    """The lines of one run, with a line break at the end."""
+    swap, integrity = summary["swap"], summary["integrity"]
+    times = ", ".join(f"{name} {value:.2f} s" for name, value in summary["vcpu_time"].items())
+    rows = [
+        ("run", _head(summary)),
+        ("ended", summary["ended"]),
+        ("work", f"{summary['work']['total']:,} units"),
+        ("faults", _faults(summary["faults"])),
+        (
+            "swap",
+            f"{swap['in_pages']:,} pages in, {swap['out_pages']:,} out, {swap['clean_drops']:,} dropped clean",
+        ),
+        ("latency", "; ".join(_latency(summary["latency_us"]))),
+        ("vCPU time", times),
+        ("integrity", f"{integrity['reads_checked']:,} reads checked, {integrity['errors']} wrong"),
+        ("pace", _pace(summary["pace"])),
+    ]
+    if summary["restarts"]:
+        rows.append(("daemons", f"{summary['restarts']} restarts"))
+    if summary["outage"] and summary["outage"]["count"]:
+        rows.append(("outages", _outage(summary["outage"])))
+    rows += [("warning", warning) for warning in summary["warnings"]]
+    width = max(len(name) for name, _ in rows)
+    return "".join(f"{name:<{width}}  {value}\n" for name, value in rows)
+
+
+def _head(summary: Mapping[str, Any]) -> str:
+    kind = f"{summary['mode']} ({summary['profile']}), {summary['vcpus']} vCPUs"
+    started = "" if summary["started_in_s"] is None else f", started in {summary['started_in_s']:.2f} s"
+    return f"{summary['name']}: {kind}, {summary['seconds']:.2f} s measured{started}"
+
+
+def _faults(faults: Mapping[str, int]) -> str:
+    how = f"{faults['async']:,} async, {faults['sync']:,} sync, {faults['halt']:,} halts"
+    return f"{faults['nested']:,} nested: {how}, {faults['repeated']:,} repeated, {faults['kernel_mode']:,} in kernel mode"
+
+
+def _outage(outage: Mapping[str, Any]) -> str:
+    up, down = _or_dash(outage["work_per_100ms_up"]), _or_dash(outage["work_per_100ms_down"])
+    return f"{outage['count']}, {outage['total_ms']:.0f} ms in all; work per 100 ms: {up} up, {down} down"
+
+
+def _latency(latency: Mapping[str, Mapping[str, float | None]]) -> list[str]:
+    return [
+        f"{name.replace('_', ' ')} {_us(values['p50'])} (p99 {_us(values['p99'])})"
+        for name, values in latency.items()
+        if values["p50"] is not None
+    ] or ["none recorded"]
+
+
+def _us(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value / 1000:.2f} ms" if value >= 1000 else f"{value:.0f} us"
+
+
+def _pace(pace: Mapping[str, Any]) -> str:
+    if pace["kept"] is None:
+        return "not paced"
+    share = f"the slowest vCPU executed {100 * pace['executed_ratio']:.1f} % of its time"
+    return f"{'kept' if pace['kept'] else 'NOT KEPT'}, {share}, at most {pace['lag_max_ms']:.1f} ms behind"
+
+
+def _or_dash(value: float | None) -> str:
+    return "-" if value is None else f"{value:,}"

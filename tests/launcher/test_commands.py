@@ -1,0 +1,155 @@
+"""What the commands make of their arguments, and which exit code a run gets."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher import commands
+from launcher.commands import find_topology, rotation, stress_changes, with_stamp
+from launcher.execute import RunResult
+from launcher.zygote_link import APP_DIR
+from proto.errors import UserError
+from proto.topology import Topology, load
+from tests.report.test_summary import full_summary
+
+
+def test_every_mode_goes_first_in_turn() -> None:
+    assert rotation(("a", "b", "c"), 3) == [
+        *((0, mode) for mode in "abc"),
+        *((1, mode) for mode in "bca"),
+        *((2, mode) for mode in "cab"),
+    ]
+
+
+@pytest.mark.parametrize("vcpus", [1, 2, 3, 7, 64, 255, 1024])
+def test_a_stress_fits_its_guest_and_swaps(vcpus: int) -> None:
+    topology = load(commands.STRESS_TOPOLOGY, stress_changes(vcpus))
+    assert topology.total_vcpus == vcpus
+    assert topology.guest_pages == 4 * topology.allowance_pages
+    assert {task.workload for task in topology.vm[0].task} == {"stamp", "uniform"}
+    used = sum(task.count * task.memory_kib // 4 for task in topology.vm[0].task)
+    assert used > 2 * topology.allowance_pages, "otherwise little would be swapped"
+
+
+def test_a_stamp_task_is_added_only_where_there_is_none() -> None:
+    plain = Topology.from_dict({"vm": [{"task": [{"workload": "zipf"}]}]})
+    assert [task.workload for task in with_stamp(plain).vm[0].task] == ["zipf", "stamp"]
+    assert with_stamp(with_stamp(plain)) == with_stamp(plain)
+
+
+def test_a_stamp_task_that_does_not_fit_is_refused() -> None:
+    full = Topology.from_dict({"vm": [{"memory_mib": 65, "task": [{"memory_kib": 64 * 1024 - 512}]}]})
+    with pytest.raises(UserError, match="MiB, the guest has less"):
+        with_stamp(full)
+
+
+def test_topologies_are_found_by_path_and_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ready_made = APP_DIR / "topologies" / "quickstart.toml"
+    monkeypatch.chdir(tmp_path)
+    for name in ("quickstart", "quickstart.toml", "topologies/quickstart.toml", str(ready_made)):
+        assert find_topology(name) == ready_made
+    Path("quickstart.toml").touch()
+    assert find_topology("quickstart.toml") == Path("quickstart.toml"), "the user's own file comes first"
+    with pytest.raises(UserError, match="no such file"):
+        load(find_topology("nowhere"))
+
+
+def test_topologies_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert commands.cmd_topologies(argparse.Namespace()) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == sorted(
+        path.stem for path in (APP_DIR / "topologies").glob("*.toml")
+    )
+    assert all(len(line.split()) > 3 for line in lines)
+
+
+class _Runs:
+    """Stands for `execute`: gives summaries without running anything, and notes what was asked for."""
+
+    def __init__(self, **changes: Any) -> None:
+        self.changes = changes
+        self.asked: list[tuple[str, float, Path | None]] = []
+
+    def __call__(self, topology: Topology, options: Any, *_: Any) -> RunResult:
+        self.asked.append((topology.run.mode, topology.run.seconds, options.out))
+        summary = full_summary()
+        summary["mode"] = topology.run.mode
+        for table, values in self.changes.items():
+            if isinstance(values, dict):
+                summary[table] |= values
+            else:
+                summary[table] = values
+        return RunResult(summary, ["a detail"], ["a log line"], options.out)
+
+
+def _args(**more: Any) -> argparse.Namespace:
+    given: dict[str, Any] = {"topology": "quickstart", "changes": [], "out": None, "json": True}
+    given |= {"profile": None, "seconds": None, "seed": None}
+    return argparse.Namespace(**(given | more))
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({}, 0),
+        ({"ended": "interrupted"}, 1),
+        ({"ended": "failed:host-0 exit code 1"}, 1),
+        ({"integrity": {"errors": 1}}, 1),
+        ({"tasks": {"killed": 1}}, 1),
+    ],
+)
+def test_the_exit_code_of_a_run_is_its_verdict(
+    changes: dict[str, Any], code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(commands, "execute", _Runs(**changes))
+    monkeypatch.setattr(commands, "_title", lambda: None)
+    assert commands.cmd_run(_args(mode="sync")) == code
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["mode"] == "sync"
+    assert ("asyncpf: failed: " in shown.err) is (code == 1)
+    assert ("a log line" in shown.err) is (code == 1)
+
+
+def test_chaos_and_stress_must_have_checked_something(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "_title", lambda: None)
+    for reads, code in ((0, 1), (5, 0)):
+        runs = _Runs(integrity={"reads_checked": reads})
+        monkeypatch.setattr(commands, "execute", runs)
+        assert commands.cmd_chaos(_args(every_ns=10**8, for_ns=3 * 10**9)) == code
+        assert runs.asked[0][1] == 3.0, "the run lasts as long as the chaos"
+        assert commands.cmd_stress(_args(vcpus=2)) == code
+
+
+def test_compare_runs_every_mode_and_names_the_directories(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = _Runs(work={"total": 10})
+    monkeypatch.setattr(commands, "execute", runs)
+    monkeypatch.setattr(commands, "_title", lambda: None)
+    out = tmp_path / "out"
+    args = _args(modes=("sync", "interrupt"), repeat=2, out=out)
+    assert commands.cmd_compare(args) == 0
+    assert [(mode, folder and folder.name) for mode, _, folder in runs.asked] == [
+        ("sync", "sync-1"),
+        ("interrupt", "interrupt-1"),
+        ("interrupt", "interrupt-2"),
+        ("sync", "sync-2"),
+    ]
+    shown = json.loads(capsys.readouterr().out)
+    assert [row["work_ratio"] for row in shown["rows"]] == [1.0, 1.0]
+    assert json.loads((out / "compare.json").read_text()) == shown
+
+
+def test_compare_refuses_an_impossible_mode_before_it_runs_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runs = _Runs()
+    monkeypatch.setattr(commands, "execute", runs)
+    with pytest.raises(UserError, match="do not go together"):
+        commands.cmd_compare(_args(modes=("sync", "interrupt"), repeat=1, profile="v7"))
+    assert runs.asked == []

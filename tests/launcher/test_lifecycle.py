@@ -1,0 +1,216 @@
+"""The order of a run's life, without processes: what is done when something happens."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from launcher.lifecycle import (
+    QUICK_DEATHS_MAX,
+    STABLE_NS,
+    Bounds,
+    Effect,
+    End,
+    Fence,
+    Fork,
+    Kill,
+    Lifecycle,
+    Phase,
+    RestartBudget,
+    S,
+    Tell,
+)
+from launcher.zygote_link import Child
+from proto import wire
+
+HOST = Child("host", 0, 0)
+KILLED = int(signal.SIGKILL)
+SEGV = int(signal.SIGSEGV)
+BOUNDS = Bounds(setup_ns=10 * S, drain_ns=5 * S, stop_ns=1 * S)
+
+
+def _running(vcpus: int = 2, limits: tuple[int, ...] = (1000,), now_ns: int = 0) -> Lifecycle:
+    life = _filling(vcpus, limits, now_ns)
+    assert life.on_host(wire.Started(now_ns), now_ns) == []
+    assert life.phase is Phase.RUNNING
+    return life
+
+
+def _filling(vcpus: int = 2, limits: tuple[int, ...] = (1000,), now_ns: int = 0) -> Lifecycle:
+    life = Lifecycle(vcpus, limits, seconds=2.0, bounds=BOUNDS)
+    life.begin(now_ns)
+    assert life.on_ready() == [Fork([HOST])]
+    life.on_forked(HOST, 100)
+    (fork,) = life.on_host(wire.HostReady(100), now_ns)
+    assert isinstance(fork, Fork)
+    for i, child in enumerate(fork.children):
+        life.on_forked(child, 200 + i)
+    return life
+
+
+def _end(effects: list[Effect]) -> End:
+    assert isinstance(effects[-1], End)
+    return effects[-1]
+
+
+def test_daemons_and_vcpus_start_when_the_host_is_ready() -> None:
+    life = Lifecycle(2, (1, 1), seconds=1.0)
+    life.begin(0)
+    assert life.on_ready() == [Fork([HOST])]
+    (fork,) = life.on_host(wire.HostReady(1), 0)
+    assert isinstance(fork, Fork)
+    assert [child.name for child in fork.children] == ["swapd-0", "swapd-1", "vcpu-0", "vcpu-1"]
+    assert life.on_host(wire.HostReady(1), 0) == [], "a second HOST_READY starts nobody twice"
+
+
+def test_finished_is_an_orderly_end() -> None:
+    assert _running().on_host(wire.Finished("time"), 0) == [End("finished", orderly=True)]
+
+
+def test_nothing_happens_after_the_end() -> None:
+    life = _running()
+    life.on_host(wire.Finished("time"), 0)
+    assert life.on_exited(HOST, KILLED, 1) == []
+    assert life.on_exited(Child("swapd", 0, 0), KILLED, 1) == []
+    assert life.on_zygote_gone("x") == []
+    assert life.on_signal(1) == []
+    assert life.on_time(1 << 60) == []
+    assert life.on_stalled([0]) == []
+    assert life.fail("x") == []
+    assert life.on_host(wire.Failed("x"), 1) == []
+
+
+@pytest.mark.parametrize(
+    ("child", "status", "ended"),
+    [
+        (HOST, KILLED, "failed:host-0 killed by SIGKILL"),
+        (Child("vcpu", 1, 0), SEGV, "failed:vcpu-1 killed by SIGSEGV"),
+        (Child("vcpu", 0, 0), 70 << 8, "failed:vcpu-0 exit code 70"),
+        (Child("vcpu", 0, 0), 0, "failed:vcpu-0 exit code 0"),
+    ],
+)
+def test_death_of_host_or_vcpu_ends_the_run_and_names_the_culprit(
+    child: Child, status: int, ended: str
+) -> None:
+    for life in (_filling(), _running()):
+        assert life.on_exited(child, status, 5) == [End(ended, orderly=False, culprit=child.name)]
+
+
+def test_death_of_the_zygote_ends_the_run() -> None:
+    life = _running()
+    assert _end(life.on_zygote_gone("killed by SIGKILL")).ended == "failed:zygote-0 killed by SIGKILL"
+    assert life.pids == {}
+
+
+def test_a_dead_daemon_is_told_fenced_told_again_and_only_then_succeeded() -> None:
+    life = _running(limits=(1000, 1000))
+    assert life.on_exited(Child("swapd", 1, 0), KILLED, S) == [
+        Tell(wire.DaemonDown(1, 0)),
+        Fence(1),
+        Tell(wire.DaemonFenced(1, 0)),
+        Fork([Child("swapd", 1, 1)]),
+    ]
+    life.on_forked(Child("swapd", 1, 1), 900)
+    again = life.on_exited(Child("swapd", 1, 1), 0, 2 * S)
+    assert again[-1] == Fork([Child("swapd", 1, 2)]), "leaving with exit code 0 is a death too"
+    assert life.restarts == 2
+
+
+def test_the_restart_limit_ends_the_run_after_the_fence() -> None:
+    life = _running(limits=(1,))
+    life.on_exited(Child("swapd", 0, 0), KILLED, S)
+    effects = life.on_exited(Child("swapd", 0, 1), KILLED, 2 * S)
+    assert effects[:3] == [Tell(wire.DaemonDown(0, 1)), Fence(0), Tell(wire.DaemonFenced(0, 1))]
+    assert isinstance(effects[3], Tell)
+    assert isinstance(effects[3].message, wire.DaemonGone)
+    assert _end(effects).ended.startswith("failed:swapd-0 used up its 1 restarts")
+    assert not any(isinstance(effect, Fork) for effect in effects)
+
+
+def test_starts_that_do_not_work_are_given_up() -> None:
+    life = _running()
+    now_ns = 0
+    effects: list[Effect] = []
+    for epoch in range(QUICK_DEATHS_MAX):
+        assert not any(isinstance(effect, End) for effect in effects)
+        now_ns += STABLE_NS // 2
+        effects = life.on_exited(Child("swapd", 0, epoch), SEGV, now_ns)
+    assert (
+        "died 5 times in a row within 200 ms of its start, at last killed by SIGSEGV" in _end(effects).ended
+    )
+    assert life.restarts == QUICK_DEATHS_MAX - 1
+
+
+def test_a_stable_start_forgives_the_quick_deaths_before() -> None:
+    budget = RestartBudget(1000)
+    for _ in range(20):
+        for _ in range(QUICK_DEATHS_MAX - 1):
+            assert budget.spent(0, ordered=False) == ""
+        assert budget.spent(STABLE_NS, ordered=False) == ""
+
+
+def test_ordered_deaths_are_not_failed_starts_but_count_as_restarts() -> None:
+    budget = RestartBudget(50)
+    assert [budget.spent(0, ordered=True) for _ in range(50)] == [""] * 50
+    assert "used up" in budget.spent(0, ordered=True)
+
+
+def test_a_hanging_daemon_is_killed_once_per_epoch() -> None:
+    life = _filling()
+    wanted = wire.RestartWanted(0, 0, "no heartbeat")
+    assert life.on_host(wanted, 0) == [Kill(Child("swapd", 0, 0), 200)]
+    life.on_exited(Child("swapd", 0, 0), KILLED, S)
+    assert life.on_host(wanted, S) == [], "its successor is not meant"
+    assert life.on_host(wire.RestartWanted(0, 1, "x"), S) == [], "not forked yet: its death will be noticed"
+    assert life.on_host(wire.RestartWanted(7, 0, "x"), S) == [], "no such daemon"
+
+
+def test_chaos_kills_only_what_lives_while_the_run_is_measured() -> None:
+    assert _filling().on_chaos(0) == []
+    life = _running()
+    assert life.on_chaos(0) == [Kill(Child("swapd", 0, 0), 200)]
+    life.on_exited(Child("swapd", 0, 0), KILLED, 1)
+    assert life.on_chaos(0) == [], "the successor has not been forked yet"
+    life.on_forked(Child("swapd", 0, 1), 300)
+    assert life.on_chaos(0) == [Kill(Child("swapd", 0, 1), 300)]
+
+
+def test_the_first_signal_stops_in_order_and_the_second_at_once() -> None:
+    life = _running()
+    assert life.on_signal(0) == [Tell(wire.Stop("interrupted"))]
+    assert life.on_time(S - 1) == []
+    assert life.on_host(wire.Finished("interrupted"), 5) == [End("interrupted", orderly=True)]
+    life = _running()
+    life.on_signal(0)
+    assert life.on_signal(1) == [End("interrupted", orderly=False)]
+
+
+def test_a_signal_before_the_host_is_ready_ends_at_once() -> None:
+    life = Lifecycle(1, (1,), 1.0)
+    life.begin(0)
+    assert life.on_signal(0) == [End("interrupted", orderly=False)]
+    assert life.on_ready() == []
+
+
+def test_a_stop_that_is_not_answered_ends_after_its_bound() -> None:
+    life = _running()
+    life.on_signal(3 * S)
+    assert life.on_time(4 * S - 1) == []
+    assert life.on_time(4 * S) == [End("interrupted", orderly=False)]
+
+
+def test_every_phase_is_bounded() -> None:
+    life = Lifecycle(1, (1,), 1.0, bounds=BOUNDS)
+    life.begin(0)
+    assert life.on_time(10 * S - 1) == []
+    assert _end(life.on_time(10 * S)).ended == "failed:timeout while starting"
+    assert _end(_filling().on_time(10 * S)).ended == "failed:timeout while filling memory"
+    life = _running(now_ns=S)
+    assert life.on_time(8 * S - 1) == []
+    assert _end(life.on_time(8 * S)).ended == "failed:timeout while running"
+
+
+def test_stalled_vcpus_end_the_run() -> None:
+    assert _running().on_stalled([]) == []
+    assert _end(_running().on_stalled([1, 3])) == End("failed:stalled: vcpu-1, vcpu-3", False, "vcpu-1")
