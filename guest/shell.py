@@ -82,7 +82,8 @@ ENTRY_LIMIT_NS: Final = 60_000_000_000
 TOKEN_LIMIT_NS: Final = 60_000_000_000
 """Longest wait for a run token: a stopped holder ends the run long before."""
 NICE: Final = 10
-"""Guest code leaves the cores to the host and the daemons when they have something to do: they answer, it only computes."""
+"""Of an unpaced vCPU: it computes whenever it may, and leaves the cores to the host and the daemons when they have to answer. A paced
+one needs little and has to keep up."""
 RELAX_S: Final = 0.0001
 GC_THRESHOLD: Final = 50_000
 """Allocations between collections: the loop makes no cycles, a rare collection is for what an error path may leave."""
@@ -96,7 +97,8 @@ class _Leave(Exception):  # noqa: N818 - not an error
 def main(ctx: RunContext, cpu: int) -> None:
     """Run global vCPU ``cpu`` until the run is over. Returns = clean exit. Called in a fresh child of the zygote."""
     shell = VcpuShell(ctx, cpu)
-    os.nice(NICE)
+    if not shell.pacing.rate:
+        os.nice(NICE)
     try:
         shell.run()
     except _Leave:

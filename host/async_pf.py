@@ -34,6 +34,7 @@ class Work:
         "gva",
         "hvp",
         "id",
+        "started_ns",
         "token",
         "wakeup_all",
         "write",
@@ -63,6 +64,8 @@ class Work:
         self.announced = False
         """The not-present event was really injected (notpresent_injected)."""
         self.arrived = False
+        self.started_ns = 0
+        """When the vCPU left for this fault, monotonic; for latencies only."""
 
 
 class ArchHooks(Protocol):

@@ -96,12 +96,13 @@ class GuestWrite32(NamedTuple):
 
 # ---- vm machine -> vcpu machine --------------------------------------------------------------------------
 class Answer(NamedTuple):
-    """Answer to a request of ``cpu``. ``waited``: the vCPU was held for I/O or for a free frame."""
+    """Answer to a request of ``cpu``. ``waited``: the vCPU was held for I/O or for a free frame. ``hvp``: the page of a `GetPage`."""
 
     cpu: int
     ask: int
     value: int
     waited: bool
+    hvp: int = -1
 
 
 class Fetched(NamedTuple):

@@ -46,6 +46,7 @@ DRAIN_MAX: Final = 64
 """Messages taken before the effects go out: bounds how long an answer may wait for its batch."""
 GRACE_POLL_MS: Final = 1
 IDLE_POLL_MS: Final = 200
+GAUGES_EVERY_NS: Final = 50_000_000
 PING_EVERY_NS: Final = 500_000_000
 PONG_BOUND_NS: Final = 5_000_000_000
 """A daemon that answers no heartbeat for this long is reported for a restart: ten beats, far above any scheduling delay seen."""
@@ -139,6 +140,7 @@ class HostShell:
         self.leaving = False
         self.launcher: bytes | None = None
         self.next_ping_ns = 0
+        self.next_gauge_ns = 0
         self.cpu_identity = [link.vcpu_identity(cpu) for cpu in range(self.topology.total_vcpus)]
         self._effects: dict[type[Any], Callable[[Any], None]] = {
             ev.Enter: self._enter,
@@ -220,9 +222,8 @@ class HostShell:
             if self.vm.grace_pending:
                 self._feed(self.vm, ev.LookAtGrace())
             self._route()
-            self._send_io()
-            self.obs.gauge(HostCounter.SLOTS_USED, self.swap.slots_used)
-            self.obs.gauge(HostCounter.OUTSTANDING, self.swap.outstanding)
+            if self.io:
+                self._send_io()
 
     def _timeout_ms(self, now: int) -> int:
         if self.vm.grace_pending:
@@ -235,11 +236,14 @@ class HostShell:
         return max(0, -(-(due - now) // 1_000_000))
 
     def _drain(self) -> None:
+        router = self.router
         for _ in range(DRAIN_MAX):
             try:
-                parts = self.router.recv_multipart(zmq.NOBLOCK)
+                parts = [router.recv(zmq.NOBLOCK)]
             except zmq.Again:
                 return
+            while router.get(zmq.RCVMORE):
+                parts.append(router.recv())
             self._receive(parts)
             self._route()
 
@@ -249,6 +253,11 @@ class HostShell:
             self._feed(self.vcpus[cpu], ev.TimerDue(cpu, generation))
         if self.started and not self.stopped and now >= self.stop_at_ns:
             self._stop("time")
+        if now >= self.next_gauge_ns:
+            self.next_gauge_ns = now + GAUGES_EVERY_NS
+            self.obs.gauge(HostCounter.FRAMES_FREE, self.vm.free_count)
+            self.obs.gauge(HostCounter.SLOTS_USED, self.swap.slots_used)
+            self.obs.gauge(HostCounter.OUTSTANDING, self.swap.outstanding)
         if now >= self.next_ping_ns:
             self.next_ping_ns = now + PING_EVERY_NS
             self._heartbeat(now)
@@ -426,7 +435,11 @@ class HostShell:
     def _send(self, identity: bytes, message: Message, pages: Sequence[memoryview] = ()) -> bool:
         """False when the peer is gone or reads nothing: the protocol's own bounds and re-sends deal with that."""
         try:
-            self.router.send_multipart([identity, wire.encode(message), *pages], zmq.NOBLOCK)
+            if pages:
+                self.router.send_multipart([identity, wire.encode(message), *pages], zmq.NOBLOCK)
+            else:
+                self.router.send(identity, zmq.NOBLOCK | zmq.SNDMORE)
+                self.router.send(wire.encode(message), zmq.NOBLOCK)
         except zmq.ZMQError as error:
             if error.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 return False

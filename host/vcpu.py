@@ -29,7 +29,6 @@ from host.events import (
     SendIpi,
     SetTimer,
     TimerDue,
-    Translate,
 )
 from host.lapic import Lapic
 from host.observe import Observer
@@ -87,7 +86,8 @@ class VcpuMachine(Machine):
         self._result = 0
         self._held_kind = Held.NONE
         self._held_ns = 0
-        self._exit_ns = 0
+        self.exit_ns = 0
+        """When the last exit was taken, monotonic; for latencies and the guest's timer."""
         self._blocked_since_ns = 0
         self._timer_generation = 0
         self._kicked = False
@@ -132,7 +132,7 @@ class VcpuMachine(Machine):
         self.where = Where.OUT
         self.last_exit = record
         self._kicked = False
-        self._exit_ns = self.now_ns
+        self.exit_ns = self.now_ns
         self._timer_generation += 1
         self.lapic.took(record.accepted, record.eois)
         if record.reason == ExitReason.DONE:
@@ -164,12 +164,11 @@ class VcpuMachine(Machine):
         answer = yield from self.get_page(gfn, write, how)
         if answer.value == Found.NEEDS_IO:
             yield "fault.needs_io"
-            if (yield from self._go_async(record, gfn)):
+            if (yield from self._go_async(record, gfn, answer.hvp)):
                 return
             answer = yield from self.get_page(gfn, write, Gup.WAIT)
         if answer.waited:
-            self._held(Held.BLOCKED, self.now_ns - self._exit_ns)
-            self.obs.record(HostHist.FAULT, self.now_ns - self._exit_ns)
+            self.obs.record(HostHist.FAULT, self.now_ns - self.exit_ns)
         if could_not_map(answer.value):
             self.obs.count(HostCounter.MACHINE_CHECKS)
             self.exception = (Inject.MACHINE_CHECK, record.gva)
@@ -178,7 +177,7 @@ class VcpuMachine(Machine):
             self.obs.count(HostCounter.FAULTS_SYNC)
         self.obs.count(_COUNTER_OF[Found(answer.value)])
 
-    def _go_async(self, record: Exit, gfn: int) -> Path:
+    def _go_async(self, record: Exit, gfn: int, hvp: int) -> Path:
         """Steps 2 of spec §3.1; returns True when the fault needs no more of this exit."""
         x86 = self.x86
         if not x86.can_do():
@@ -189,12 +188,7 @@ class VcpuMachine(Machine):
             self.obs.count(HostCounter.FAULTS_REPEATED)
             self.request(REQ_APF_HALT)
             return True
-        yield "fault.translate"
-        ask = self.new_ask()
-        self.emit(Translate(self.cpu, ask.ask_id, self.vm, gfn))
-        hvp = (yield ask).value
-        if hvp < 0:
-            return False
+        yield "fault.setup"
         return (yield from x86.setup(record, hvp))
 
     def _wrmsr(self, record: Exit) -> Path:
@@ -274,7 +268,7 @@ class VcpuMachine(Machine):
         self.where = Where.BLOCKED
         self._blocked_since_ns = self.now_ns
         if self.last_exit.timer_ns:
-            self._arm(self._exit_ns + self.last_exit.timer_ns)
+            self._arm(self.exit_ns + self.last_exit.timer_ns)
 
     def _unblock(self) -> None:
         if self.where is Where.BLOCKED:
@@ -369,9 +363,17 @@ class VcpuMachine(Machine):
     # -- helpers -------------------------------------------------------------------------------------------
     def get_page(self, gfn: int, write: bool, how: Gup) -> Path:
         """Ask the vm machine for a page; returns its Answer."""
+        return (yield from self.query(lambda ask: GetPage(self.cpu, ask, self.vm, gfn, write, how)))
+
+    def query(self, request: Callable[[int], object]) -> Path:
+        """Ask the vm machine; returns its `Answer`. If it had to wait, the vCPU was blocked: guest time passed."""
         ask = self.new_ask()
-        self.emit(GetPage(self.cpu, ask.ask_id, self.vm, gfn, write, how))
-        return (yield ask)
+        since_ns = self.now_ns
+        self.emit(request(ask.ask_id))
+        answer = yield ask
+        if answer.waited:
+            self._held(Held.BLOCKED, self.now_ns - since_ns)
+        return answer
 
     def _trace(self, kind: Kind, *, a: int = 0, b: int = 0) -> None:
         self.obs.trace(kind, vcpu=self.vcpu_id, vm=self.vm, a=a, b=b)

@@ -162,9 +162,10 @@ class VmMachine(Machine):
         """After a batch: acknowledgements, freed frames for those who wait, reclaim below the low mark."""
         if self._evicting:
             self._advance_grace()
-        self._feed_frame_waiters()
-        self._reclaim()
-        self.obs.gauge(HostCounter.FRAMES_FREE, self.free_count)
+        if self._frame_waiters:
+            self._feed_frame_waiters()
+        if self._reclaiming or self.free_count < self.limits.low or self._frame_waiters:
+            self._reclaim()
 
     @property
     def grace_pending(self) -> bool:
@@ -203,7 +204,7 @@ class VmMachine(Machine):
             else:
                 self._wait_for(hvp, event)
             return
-        self.emit(Answer(event.cpu, event.ask, found, False))
+        self.emit(Answer(event.cpu, event.ask, found, False, hvp))
 
     def _map(self, vm: int, gfn: int, hvp: int, write: bool, prefault: bool = False) -> int:
         """Rungs one and two (spec §1.5, §1.6): map what needs no I/O. Returns a Found or _NEEDS_FRAME."""

@@ -14,9 +14,10 @@ from host.async_pf import AsyncPf, Work
 from host.events import Found, GuestRead32, GuestWrite32, Gup, Translate
 from host.gfn_hash import GfnHash
 from proto import kvm
+from proto.layout import XF_WRITE
 from proto.machine import Path
 from proto.profile import Profile
-from proto.stats import HostCounter
+from proto.stats import HostCounter, HostHist
 from proto.trace import Kind
 from proto.units import TOKEN_WAKE_ALL
 from proto.wire import Exit, Inject
@@ -96,8 +97,15 @@ class X86:
         token = kvm.make_token(self.id, self.m.vcpu_id)
         self.id = (self.id + 1) & 0xFFFF_FFFF
         work = Work(
-            0, token, gpa=record.gpa, gva=record.gva, hvp=hvp, cr3=record.cr3, write=bool(record.flags & 1)
+            0,
+            token,
+            gpa=record.gpa,
+            gva=record.gva,
+            hvp=hvp,
+            cr3=record.cr3,
+            write=bool(record.flags & XF_WRITE),
         )
+        work.started_ns = self.m.exit_ns
         return (yield from self.apf.setup(work))
 
     def not_present(self, work: Work) -> Path:
@@ -172,6 +180,8 @@ class X86:
             return
         answer = yield from self.m.get_page(work.gfn, work.write, Gup.PREFAULT)
         self.m.obs.count(HostCounter.PREFAULTS)
+        if answer.value < Found.NEEDS_IO:
+            self.m.obs.record(HostHist.FAULT, self.m.now_ns - work.started_ns)
         self.trace(Kind.PREFAULT, token=work.token, a=work.gpa, b=work.gfn, c=answer.value)
 
     def page_present(self, work: Work) -> Path:
@@ -199,17 +209,16 @@ class X86:
     # -- shared area ---------------------------------------------------------------------------------------
     def write_area(self, offset: int, value: int) -> Path:
         """Store a u32 of the guest's shared area; False when no memslot backs it. Held while the page is fetched, like any host access."""
-        ask = self.m.new_ask()
-        self.m.emit(GuestWrite32(self.m.cpu, ask.ask_id, self.m.vm, self.area_gpa + offset, value))
-        answer = yield ask
+        gpa = self.area_gpa + offset
+        answer = yield from self.m.query(lambda ask: GuestWrite32(self.m.cpu, ask, self.m.vm, gpa, value))
         self.trace(Kind.SLOT_WRITE, token=value, a=offset, b=value)
         return bool(answer.value)
 
     def read_area(self, offset: int) -> Path:
         """Load a u32 of the shared area; -1 when no memslot backs it."""
-        ask = self.m.new_ask()
-        self.m.emit(GuestRead32(self.m.cpu, ask.ask_id, self.m.vm, self.area_gpa + offset))
-        return (yield ask).value
+        gpa = self.area_gpa + offset
+        answer = yield from self.m.query(lambda ask: GuestRead32(self.m.cpu, ask, self.m.vm, gpa))
+        return answer.value
 
     # -- MSRs (table G of spec §0.3) -----------------------------------------------------------------------
     def write_msr(self, index: int, value: int) -> Path:
@@ -258,9 +267,8 @@ class X86:
             self.disable()
             return False
         area = value & kvm.EN_ADDRESS
-        ask = self.m.new_ask()
-        self.m.emit(Translate(self.m.cpu, ask.ask_id, self.m.vm, area >> 12))
-        if (yield ask).value < 0:
+        backed = yield from self.m.query(lambda ask: Translate(self.m.cpu, ask, self.m.vm, area >> 12))
+        if backed.value < 0:
             return True
         self.area_gpa = area
         self.send_always = bool(value & kvm.EN_SEND_ALWAYS)
