@@ -5,7 +5,8 @@ only the CPU itself picks, and only it writes virtual runtimes of its tasks. The
 
 Rules (those of a fair scheduler as guests of the published benchmark had)
 * Least virtual runtime first; the lower index wins a tie.
-* At a tick the running task is preempted iff its virtual runtime exceeds the least waiting one's by more than the granularity.
+* At a tick the running task is preempted iff it has run for the granularity since it was picked and its virtual runtime exceeds the
+  least waiting one's.
 * A woken task preempts the running one if its virtual runtime is smaller.
 * Who was away does not come back with a claim on the past: virtual runtime is at least ``min_vruntime - granularity``. The floor is
   applied whenever the queue is scanned: a task that waited all along is above it anyway.
@@ -96,6 +97,7 @@ class RunQueue:
         "_kern",
         "_known",
         "_least_ns",
+        "_ran_ns",
         "_tasks",
         "_tick_ns",
         "_words",
@@ -125,6 +127,8 @@ class RunQueue:
         self._granularity_ns = granularity_ns
         self._least_ns = 0
         self._known = False
+        self._ran_ns = 0
+        """Guest time of the current task since it was picked."""
         self.current = NOBODY
         """Index of the task that executes, -1: idle."""
         self.min_vruntime_ns = 0
@@ -150,6 +154,7 @@ class RunQueue:
         self.current = NOBODY
         self.current = self.scan()
         self._known = False
+        self._ran_ns = 0
         self.need_resched = False
         return self.current
 
@@ -162,6 +167,7 @@ class RunQueue:
         at = self._base + current * TASK_WORDS
         words[at + T_VRUNTIME_NS] += ns
         words[at + T_RUN_NS] += ns
+        self._ran_ns += ns
         self._raise_min()
 
     def vruntime_ns(self, task: int) -> int:
@@ -179,7 +185,7 @@ class RunQueue:
     def tick(self, vclock_ns: int) -> None:
         """The timer interrupt at ``vclock_ns``. Ticks that were missed are not made up for."""
         self.next_tick_ns = (vclock_ns // self._tick_ns + 1) * self._tick_ns
-        if self.current >= 0 and self._others() and self._lead_ns() > 0:
+        if self.current >= 0 and self._others() and self._left_ns() <= 0:
             self.need_resched = True
 
     def ns_to_preemption(self, vclock_ns: int) -> int:
@@ -189,7 +195,7 @@ class RunQueue:
         """
         if self.current < 0 or not self._others():
             return 0
-        due_ns = vclock_ns + max(-self._lead_ns(), 0) + 1
+        due_ns = max(vclock_ns + 1, vclock_ns + self._left_ns())
         return -(-due_ns // self._tick_ns) * self._tick_ns - vclock_ns
 
     def open_barrier(self) -> int:
@@ -205,9 +211,10 @@ class RunQueue:
             self.scan()
         return self.waiting > 0
 
-    def _lead_ns(self) -> int:
-        """How far the current task is beyond the point where a tick preempts it; negative before it."""
-        return self.vruntime_ns(self.current) - self._least_ns - self._granularity_ns
+    def _left_ns(self) -> int:
+        """How long the current task may go on before a tick preempts it; 0 or less: the next tick does."""
+        behind_ns = self._least_ns - self.vruntime_ns(self.current) + 1
+        return max(behind_ns, self._granularity_ns - self._ran_ns)
 
     def _raise_min(self) -> None:
         """Keep up with the least virtual runtime of the current task and those waiting at the last scan."""

@@ -64,12 +64,21 @@ def preempts(queue: RunQueue, at_ns: int) -> bool:
     return queue.need_resched
 
 
-def test_tick_preempts_beyond_the_granularity_only() -> None:
-    queue, _ = queue_of(4, 0)
-    assert not preempts(queue, 5 * MS)
+def test_tick_preempts_whoever_ran_for_the_granularity_and_is_ahead() -> None:
+    queue, _ = queue_of(3, 0)
+    queue.charge(4 * MS - 1)
+    assert not preempts(queue, 5 * MS), "ahead, but not long enough on the CPU"
     queue.charge(1)
     assert preempts(queue, 6 * MS)
     assert queue.next_tick_ns == 7 * MS
+
+
+def test_tick_leaves_a_task_that_is_behind_alone() -> None:
+    queue, _ = queue_of(0, 6)
+    queue.charge(6 * MS)
+    assert not preempts(queue, 6 * MS)
+    queue.charge(1)
+    assert preempts(queue, 7 * MS)
 
 
 def test_time_to_preemption_ends_at_the_tick_that_preempts() -> None:
