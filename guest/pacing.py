@@ -13,7 +13,9 @@ from typing import Final
 STAY_NS: Final = 1_000_000
 """Wall time a stay in guest mode aims at: well below a slice, well above what entering costs."""
 CATCH_UP_NS: Final = 2_000_000
-"""Guest time a paced vCPU waits for before it goes on: 500 wake-ups per second at most."""
+"""Guest time a paced vCPU waits for before it goes on: 500 wake-ups per second at most, and as many less as there are vCPUs per core."""
+CROWD_FREE: Final = 4
+"""vCPUs per physical CPU up to which waking each 500 times per second costs little."""
 FIRST_GUESS_NS: Final = 100.0
 """Wall time of one operation before anything was measured; too long rather than too short."""
 SAMPLE_OPS: Final = 32
@@ -23,12 +25,13 @@ _SECOND_NS: Final = 1_000_000_000
 
 
 class Pacing:
-    """``rate``: operations per second of guest time, 0 = unpaced."""
+    """``rate``: operations per second of guest time, 0 = unpaced. ``crowd``: vCPUs for each physical CPU."""
 
-    __slots__ = ("_carry", "_level", "_op_wall_ns", "_room_ops", "op_ns", "rate")
+    __slots__ = ("_carry", "_catch_up_ns", "_level", "_op_wall_ns", "_room_ops", "op_ns", "rate")
 
-    def __init__(self, rate: int) -> None:
+    def __init__(self, rate: int, crowd: int = 1) -> None:
         self.rate = rate
+        self._catch_up_ns = CATCH_UP_NS * max(1, crowd // CROWD_FREE)
         self.op_ns = -(-_SECOND_NS // rate) if rate else 0
         """Guest time of one operation, rounded up."""
         self._carry = 0
@@ -71,7 +74,7 @@ class Pacing:
         A CPU that was level pauses until there is something to catch up, not only until the next operation is due: else it would
         chase the wall clock in stays of a few operations.
         """
-        wanted_ns = max(CATCH_UP_NS, self.op_ns)
+        wanted_ns = max(self._catch_up_ns, self.op_ns)
         if not self.rate or room_ns >= (wanted_ns if self._level else self.op_ns):
             return 0
         return wanted_ns - room_ns

@@ -181,8 +181,9 @@ class VcpuShell:
         self.trace = ctx.trace(f"vcpu-{cpu}", PROC_VCPU + cpu)
         self.acc = Accounting(m.vp, vcpu_block(ctx.segments["stats"].u64, cpu), self.trace, self.vm, vcpu_id)
         self.machine = GuestCpu(config, m.kern, m.vp, m.control, self.acc)
-        self.pacing = Pacing(ctx.topology.vm[self.vm].rate_ops_per_s)
         usable = len(os.sched_getaffinity(0))
+        crowd = ctx.topology.total_vcpus // ctx.topology.pcpus(usable)
+        self.pacing = Pacing(ctx.topology.vm[self.vm].rate_ops_per_s, crowd)
         self.slice_ns = ctx.topology.host.slice_us * US
         self.pcpu = Pcpu(
             ctx.segments["pcpu"].u64, cpu, ctx.eventfds, ctx.topology.pcpus(usable), self.slice_ns

@@ -38,7 +38,7 @@ from report import text
 
 OK, FAILED = 0, 1
 TOPOLOGIES: Final = APP_DIR / "topologies"
-STRESS_TOPOLOGY: Final = TOPOLOGIES / "many-vcpus.toml"
+STRESS_TOPOLOGY: Final = TOPOLOGIES / "stress.toml"
 STRESS_OVERCOMMIT: Final = 4
 STRESS_TASK_SPARE_PAGES: Final = 16
 """Page tables of a task and what else its address space needs (proto.topology.process_pages)."""
