@@ -58,22 +58,36 @@ def raw_gather(m: Vcpu, frame_of: U64, n: int) -> int:
 
 
 @kernel
-def tlb_gather(m: Vcpu, base: int, n: int) -> int:
-    """The same through the TLB."""
-    state = u64(1)
+def _hits(m: Vcpu, base: int, state: int, n: int) -> tuple[int, int, int, int]:
+    """Reads until one misses or ``n`` are done, as the programs of guest mode do: (done, state, sum, gva that missed)."""
     total = u64(0)
     generation = load(m.vmc, L.VMC_FLUSH_GEN)
     for i in range(n):
         if i % KICK_CHECK_OPS == 0:
             generation = check_flush(m, generation)
-        state = next_state(state)
-        random = mix(state)
+        after = next_state(state)
+        random = mix(after)
         gva = u64(base) + ((random & u64(TLB_PAGES - 1)) << u64(12)) + (random >> u64(32) & u64(511)) * u64(8)
         frame = tlb_lookup(m.tlb, gva, u64(READ | USER))
         if frame < 0:
-            walk(m.frames, m.npt, m.tlb, m.pwc, gva, u64(READ | USER))
-            frame = tlb_lookup(m.tlb, gva, u64(READ | USER))
+            return i, state, total, gva
         total += m.frames[u64(frame) * u64(512) + (random >> u64(32) & u64(511))]
+        state = after
+    return n, state, total, u64(0)
+
+
+@kernel
+def tlb_gather(m: Vcpu, base: int, n: int) -> int:
+    """The same through the TLB."""
+    state = u64(1)
+    total = u64(0)
+    left = n
+    while left > 0:
+        done, state, part, gva = _hits(m, base, state, left)
+        total += part
+        left -= done
+        if left > 0:
+            walk(m.frames, m.npt, m.tlb, m.pwc, gva, u64(READ | USER))
     return total
 
 
