@@ -216,6 +216,8 @@ class GuestCpu(Machine):
             self._look_at_control()
             if self.irr and self._interrupts_on() and self._interrupts_due():
                 yield from self.take_interrupts()
+                # Handlers leave to the host; a poke that came meanwhile is used up, so look again before anything that may sleep.
+                continue
             if self.vclock_ns >= queue.next_tick_ns and self._interrupts_on():
                 queue.tick(self.vclock_ns)
             if queue.current < 0 or queue.need_resched:

@@ -104,13 +104,29 @@ def water_marks(topology: Topology) -> Limits:
 class Daemon:
     """What the shell knows of a daemon's link."""
 
-    __slots__ = ("epoch", "identity", "last_pong_ns", "pages_in_messages", "ping_nonce", "reported", "up")
+    __slots__ = (
+        "early",
+        "epoch",
+        "fenced",
+        "identity",
+        "last_pong_ns",
+        "next_epoch",
+        "pages_in_messages",
+        "ping_nonce",
+        "reported",
+        "up",
+    )
 
     def __init__(self, pages_in_messages: bool) -> None:
         self.pages_in_messages = pages_in_messages
         self.identity = b""
         self.epoch = -1
         self.up = False
+        self.fenced = True
+        self.next_epoch = 0
+        """The only epoch that may say HELLO next: the launcher counts them, one by one."""
+        self.early: tuple[bytes, int] | None = None
+        """(identity, epoch) of a successor that said HELLO before the fence of this one was reported."""
         self.last_pong_ns = 0
         self.ping_nonce = 0
         self.reported = False
@@ -318,11 +334,26 @@ class HostShell:
 
     def _daemon_hello(self, number: int, epoch: int, identity: bytes) -> None:
         daemon = self.daemons[number]
-        if epoch <= daemon.epoch or (daemon.up and epoch != daemon.epoch):
+        again = epoch == daemon.epoch and daemon.up
+        if epoch != daemon.next_epoch and not again:
             raise WireError(
-                Nack.STALE_EPOCH, f"daemon {number}: epoch {epoch}, the current one is {daemon.epoch}"
+                Nack.STALE_EPOCH, f"daemon {number}: epoch {epoch}, {daemon.next_epoch} may come next"
             )
+        if again:
+            # It asked twice: the first answer was on its way.
+            self._send(identity, wire.Welcome(epoch, self._model_on(number)))
+        elif daemon.up or not daemon.fenced:
+            # It overtook the launcher's reports about its predecessor, which come over another connection.
+            daemon.early = identity, epoch
+        else:
+            self._admit(number, identity, epoch)
+
+    def _admit(self, number: int, identity: bytes, epoch: int) -> None:
+        daemon = self.daemons[number]
         daemon.identity, daemon.epoch, daemon.up = identity, epoch, True
+        daemon.next_epoch = epoch + 1
+        daemon.fenced = False
+        daemon.early = None
         daemon.last_pong_ns = time.monotonic_ns()
         daemon.reported = False
         self._send(identity, wire.Welcome(epoch, self._model_on(number)))
@@ -379,8 +410,11 @@ class HostShell:
         self, peer: tuple[str, int, int], identity: bytes, message: wire.Pong, _: Sequence[bytes]
     ) -> None:
         kind, number, epoch = peer
-        if kind == "S" and number < len(self.daemons) and epoch == self.daemons[number].epoch:
-            self.daemons[number].last_pong_ns = time.monotonic_ns()
+        if kind != "S" or number >= len(self.daemons):
+            raise WireError(Nack.STRANGER, "PONG from a peer that is no daemon", wire.Kind.PONG)
+        if epoch != self.daemons[number].epoch:
+            raise WireError(Nack.STALE_EPOCH, f"epoch {epoch}", wire.Kind.PONG)
+        self.daemons[number].last_pong_ns = time.monotonic_ns()
 
     def _nacked(
         self, peer: tuple[str, int, int], identity: bytes, message: wire.NackMsg, _: Sequence[bytes]
@@ -399,14 +433,23 @@ class HostShell:
         self, peer: tuple[str, int, int], identity: bytes, message: wire.DaemonDown, _: Sequence[bytes]
     ) -> None:
         self._from_launcher(peer, message.daemon)
-        self.daemons[message.daemon].up = False
+        daemon = self.daemons[message.daemon]
+        daemon.up = False
+        daemon.fenced = False
+        daemon.next_epoch = message.epoch + 1
+        if daemon.early is not None and daemon.early[1] <= message.epoch:
+            daemon.early = None
         self._feed(self.swap, ev.DaemonLost(message.daemon, message.epoch))
 
     def _daemon_fenced(
         self, peer: tuple[str, int, int], identity: bytes, message: wire.DaemonFenced, _: Sequence[bytes]
     ) -> None:
         self._from_launcher(peer, message.daemon)
+        daemon = self.daemons[message.daemon]
+        daemon.fenced = True
         self._feed(self.swap, ev.DaemonFenced(message.daemon, message.epoch))
+        if daemon.early is not None:
+            self._admit(message.daemon, *daemon.early)
 
     def _daemon_gone(
         self, peer: tuple[str, int, int], identity: bytes, message: wire.DaemonGone, _: Sequence[bytes]

@@ -300,24 +300,28 @@ class VcpuMachine(Machine):
         self._result = 0
         self._held_kind = Held.NONE
         self._held_ns = 0
-        if self.x86.apf.done:
-            # More completions than the guest could take: the next exit hands them on, at the latest at the host's tick.
+        if self.x86.apf.done and not self.x86.profile.ready_by_interrupt:
+            # Mode E hands over one completion per entry: the next exit takes the next one, at the latest at the host's tick. In mode I
+            # the rest waits for the guest's ACK, however often it exits (recorded: ack_no_clr, clr_no_ack).
             self._arm(self.now_ns + HOST_TICK_NS)
         if self.requests:
             self.kick(self.requests)
 
     # -- events from elsewhere -----------------------------------------------------------------------------
     def _fetched(self, event: Fetched) -> Path:
+        first = not self.x86.apf.done
         yield from self.x86.apf.completed(event.work)
+        if first and self.where is Where.IN_GUEST and self.requests and not self._kicked:
+            # Requested without a kick, since a ready event is un-acknowledged: seen at the next exit (spec §3.3, recorded: clr_no_ack).
+            self._arm(self.now_ns + HOST_TICK_NS)
         yield from self._wake()
 
     def _timer_due(self, event: TimerDue) -> Path | None:
         if event.generation != self._timer_generation:
             return None
         if self.where is Where.IN_GUEST:
-            if self.x86.apf.done:
-                self.requests |= REQ_APF_READY
-                self.kick(REQ_APF_READY)
+            # The tick is an exit and nothing else: it requests nothing.
+            self.kick(self.requests)
             return None
         if self.where is not Where.BLOCKED:
             return None

@@ -84,21 +84,21 @@ class Watch:
 def private_memory_mib(pids: Iterable[int]) -> dict[str, float] | None:
     """Private memory of processes, MiB: the largest of them; None when none could be read.
 
-    ``uss``: pages that only this process maps, pages of shared segments and of its event file included if nobody else has touched
-    them. ``anonymous``: without those.
+    ``uss``: what would be free if the process ended. ``mapped_alone``: the same and pages of shared segments and of its event file that
+    nobody else happens to have mapped; they stay when it ends.
     """
     found = [sizes for pid in pids if (sizes := _private_kib(pid)) is not None]
     if not found:
         return None
     return {
         name: round(max(sizes[i] for sizes in found) / KIB_PER_MIB, 3)
-        for i, name in enumerate(("uss", "anonymous"))
+        for i, name in enumerate(("uss", "mapped_alone"))
     }
 
 
 def _private_kib(pid: int) -> tuple[int, int] | None:
-    """(all private pages, those of mappings that are not shared), KiB; None when the process has gone."""
-    uss = anonymous = 0
+    """(private pages of mappings that are not shared, all private pages), KiB; None when the process has gone."""
+    uss = alone = 0
     shared = False
     with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
         for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
@@ -107,6 +107,6 @@ def _private_kib(pid: int) -> tuple[int, int] | None:
                 shared = rest[3] == "s"
             elif name.startswith("Private_") and name != "Private_Hugetlb:":
                 kib = int(rest.split()[0])
-                uss += kib
-                anonymous += 0 if shared else kib
-    return (uss, anonymous) if uss else None
+                alone += kib
+                uss += 0 if shared else kib
+    return (uss, alone) if uss else None

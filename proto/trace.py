@@ -214,6 +214,12 @@ class TraceWriter:
         except OSError:
             self._capacity = self._allocated
             return False
+        # What was written is in the page cache: this process need not keep it mapped (it would count as its private memory).
+        done = needed // mmap.PAGESIZE * mmap.PAGESIZE
+        if done > HEADER_BYTES:
+            start = max(HEADER_BYTES, done - GROW_BYTES - mmap.PAGESIZE)
+            start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_DONTNEED, start, done - start)
         self._allocated += size
         return True
 

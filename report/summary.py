@@ -192,7 +192,7 @@ def build(
         "totals": {name: host_end.get(counter) for name, counter in TOTALS.items()},
         "restarts": facts.restarts,
         "uss_mib_per_vcpu": facts.memory["uss"] if facts.memory else None,
-        "anonymous_mib_per_vcpu": facts.memory["anonymous"] if facts.memory else None,
+        "mapped_alone_mib_per_vcpu": facts.memory["mapped_alone"] if facts.memory else None,
         "usable_cores": facts.usable_cores,
         "pcpus": facts.pcpus,
         "chaos": dict(facts.chaos) if facts.chaos else None,

@@ -34,6 +34,8 @@ from swapd.model import Delayer, ServiceModel, ServiceSpec
 from swapd.timer import Timer
 
 POLL_MS: Final = 500
+HELLO_EVERY_NS: Final = 1_000_000_000
+"""HELLO is said again until it is answered."""
 DRAIN_MAX: Final = 64
 TCP_BUFFERS: Final = 1024
 """Pages under way on a tcp link: several times the host's window, so that a buffer is always free."""
@@ -106,6 +108,8 @@ class SwapdShell:
         self.engine: Engine = open_engine(info.engine, info.fd, memory, spec.queue_depth)
         self.writer = ctx.trace(f"swapd-{daemon}-{epoch}", PROC_SWAPD + daemon)
         self.bad_messages = 0
+        self.welcome = False
+        self.hello_due_ns = 0
         self.leaving = False
         self.timer = Timer()
         self.context = link.new_context()
@@ -119,8 +123,10 @@ class SwapdShell:
     def loop(self) -> None:
         """Until BYE."""
         self.writer.event(Kind.PROCESS_START, a=os.getpid())
-        self._send(wire.Hello(wire.Role.SWAPD, self.daemon, self.epoch, os.getpid()))
         while not self.leaving:
+            if not self.welcome and time.monotonic_ns() >= self.hello_due_ns:
+                self.hello_due_ns = time.monotonic_ns() + HELLO_EVERY_NS
+                self._send(wire.Hello(wire.Role.SWAPD, self.daemon, self.epoch, os.getpid()))
             events = dict(self.poller.poll(POLL_MS))
             if self.socket in events:
                 self._drain()
@@ -155,6 +161,7 @@ class SwapdShell:
         elif isinstance(message, wire.Ping):
             self._send(wire.Pong(self.epoch, message.nonce))
         elif isinstance(message, wire.Welcome):
+            self.welcome = True
             self.queue.model(bool(message.model_on))
         elif isinstance(message, wire.Model):
             self.queue.model(bool(message.on))

@@ -117,7 +117,7 @@ def full_summary() -> dict[str, Any]:
     topology = _topology()
     facts = RunFacts(
         "finished",
-        memory={"uss": 2.5, "anonymous": 2.0},
+        memory={"uss": 2.0, "mapped_alone": 2.5},
         chaos={"kills": 1, "every_ms": 2.0, "for_s": 3.0},
         outage={"count": 1, "total_ms": 2.0, "work_per_100ms_up": None, "work_per_100ms_down": 1.0},
     )

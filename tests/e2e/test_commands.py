@@ -1,0 +1,64 @@
+"""The commands that run nothing: help, list of topologies, figures of a trace; and the two that run more than one thing."""
+
+from __future__ import annotations
+
+import json
+
+from launcher.cli import COMMANDS
+from tests.e2e.runs import BM, ROOT, Runner
+
+
+def test_help_names_every_command(runner: Runner) -> None:
+    ended = runner.command("--help")
+    assert ended.code == 0
+    assert ended.stderr == "\n"
+    for command in COMMANDS:
+        assert command.name in ended.stdout
+        assert command.help.split()[0] in ended.stdout
+
+
+def test_the_ready_made_topologies_have_a_line_each(runner: Runner) -> None:
+    ended = runner.command("topologies")
+    assert ended.code == 0
+    lines = dict(line.split(maxsplit=1) for line in ended.stdout.splitlines())
+    assert {"quickstart", "seed-benchmark", "replay", "many-vcpus", "two-swapds"} <= set(lines)
+    assert set(lines) == {path.stem for path in (ROOT / "topologies").glob("*.toml")}
+
+
+def test_figures_of_a_shipped_trace(runner: Runner) -> None:
+    path = str(ROOT / "traces" / "sort.apft")
+    shown, figures = runner.command("trace", path), runner.command("trace", path, "--json")
+    assert (shown.code, figures.code) == (0, 0)
+    values = json.loads(figures.stdout)
+    assert values["accesses"] == values["reads"] + values["writes"] >= 1_000_000
+    assert values["pages"] >= 1500
+    for part in ("accesses", "footprint", "reads", "writes", "reuse", f"{values['accesses']:,}"):
+        assert part in shown.stdout
+
+
+def test_compare_shows_each_mode_and_a_ratio(runner: Runner) -> None:
+    path = runner.file(BM)
+    ended = runner.command("compare", str(path), "--modes", "sync,interrupt", "--seconds", "0.3", "--json")
+    assert ended.code == 0, ended.stderr
+    report = json.loads(ended.stdout)
+    assert {mode: len(runs) for mode, runs in report["runs"].items()} == {"sync": 1, "interrupt": 1}
+    assert report["failures"] == []
+    assert report["rows"]
+    assert all(run["integrity"]["errors"] == 0 for runs in report["runs"].values() for run in runs)
+
+
+def test_a_run_without_json_is_for_people(runner: Runner) -> None:
+    ended = runner.command("run", str(runner.file(BM)), "--seconds", "0.2")
+    assert ended.code == 0, ended.stderr
+    for part in ("ended", "finished", "faults", "integrity", "0 wrong"):
+        assert part in ended.stdout
+    assert ": running" in ended.stderr
+
+
+def test_stress_with_a_few_vcpus(runner: Runner) -> None:
+    ended = runner.command("stress", "--vcpus", "4", "--seconds", "0.3", "--json")
+    assert ended.code == 0, ended.stderr
+    summary = ended.summary
+    assert (summary["vcpus"], summary["ended"]) == (4, "finished")
+    assert summary["integrity"]["reads_checked"] > 0
+    assert summary["integrity"]["errors"] == 0

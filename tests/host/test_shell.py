@@ -1,0 +1,131 @@
+"""The host's shell: who may say what, and what arrives in an inconvenient order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from host.shell import HostShell
+from proto import link, segments, wire
+from proto.run import RunContext, SwapFileInfo
+from proto.stats import HostCounter
+from proto.topology import Host, Run, Topology, Vm
+from proto.wire import Nack, WireError
+
+VCPU, DAEMON, LAUNCHER = ("V", 0, 0), ("S", 0, 0), ("L", 0, 0)
+
+
+class Shell(HostShell):
+    """Sends go into a list instead of a socket."""
+
+    def __init__(self, ctx: RunContext) -> None:
+        self.sent: list[tuple[bytes, Any, int]] = []
+        super().__init__(ctx)
+
+    def _send(self, identity: bytes, message: Any, pages: Any = ()) -> bool:
+        self.sent.append((identity, message, len(pages)))
+        return True
+
+    def say(self, identity: bytes, message: Any) -> None:
+        self._receive([identity, wire.encode(message)])
+        self._route()
+
+    def answers(self, kind: type[Any]) -> list[Any]:
+        return [message for _, message, _pages in self.sent if isinstance(message, kind)]
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Iterator[Shell]:
+    topology = Topology(
+        run=Run(mode="interrupt", profile="mainline"), host=Host(allowance_mib=4), vm=(Vm(memory_mib=8),)
+    )
+    made = segments.create(segments.plan(topology, [1], [1], {}))
+    ctx = RunContext(
+        "test", tmp_path, f"ipc://{tmp_path}/h", "", topology, made, [-1], [SwapFileInfo(-1, 2560, True, "x", "uring")],
+        trace_bytes=1 << 20,
+    )  # fmt: skip
+    shell = Shell(ctx)
+    yield shell
+    shell.close()
+    for segment in made.values():
+        segment.close()
+
+
+def daemon(epoch: int) -> bytes:
+    return link.swapd_identity(0, epoch)
+
+
+def hello(epoch: int) -> wire.Hello:
+    return wire.Hello(wire.Role.SWAPD, 0, epoch, 1)
+
+
+def test_a_successor_whose_hello_overtakes_the_reports_is_admitted_after_the_fence(shell: Shell) -> None:
+    shell.say(link.LAUNCHER_ID, wire.Hello(wire.Role.LAUNCHER, 0, 0, 1))
+    shell.say(daemon(0), hello(0))
+    shell.say(daemon(1), hello(1))
+    assert len(shell.answers(wire.Welcome)) == 1, "its predecessor has not been fenced"
+    shell.say(link.LAUNCHER_ID, wire.DaemonDown(0, 0))
+    assert len(shell.answers(wire.Welcome)) == 1
+    shell.say(link.LAUNCHER_ID, wire.DaemonFenced(0, 0))
+    assert shell.answers(wire.Welcome)[-1].epoch == 1
+    assert shell.swap.daemons[0].up
+    assert shell.answers(wire.NackMsg) == []
+
+
+def test_an_early_successor_that_dies_is_forgotten(shell: Shell) -> None:
+    shell.say(daemon(0), hello(0))
+    shell.say(daemon(1), hello(1))
+    for epoch in (0, 1):
+        shell.say(link.LAUNCHER_ID, wire.DaemonDown(0, epoch))
+    shell.say(link.LAUNCHER_ID, wire.DaemonFenced(0, 1))
+    assert len(shell.answers(wire.Welcome)) == 1
+    shell.say(daemon(2), hello(2))
+    assert shell.answers(wire.Welcome)[-1].epoch == 2
+
+
+def test_a_stale_incarnation_gets_nowhere(shell: Shell) -> None:
+    shell.say(link.LAUNCHER_ID, wire.DaemonDown(0, 2))
+    shell.say(link.LAUNCHER_ID, wire.DaemonFenced(0, 2))
+    shell.say(daemon(3), hello(3))
+    for sender, message in ((2, hello(2)), (2, wire.Pong(2, 1)), (5, hello(5))):
+        shell.say(daemon(sender), message)
+        assert shell.answers(wire.NackMsg)[-1].code == Nack.STALE_EPOCH
+    shell.say(daemon(3), hello(3))
+    assert len(shell.answers(wire.Welcome)) == 2, "asking twice is answered twice"
+
+
+@pytest.mark.parametrize(
+    ("identity", "message", "code"),
+    [
+        (b"nobody", wire.Ping(0, 0), Nack.STRANGER),
+        (daemon(0), wire.DaemonDown(0, 0), Nack.STRANGER),
+        (link.vcpu_identity(0), wire.Stop("x"), Nack.STRANGER),
+        (link.vcpu_identity(0), wire.Pong(0, 0), Nack.STRANGER),
+        (link.vcpu_identity(5), wire.Hello(wire.Role.VCPU, 5, 0, 1), Nack.STRANGER),
+        (link.LAUNCHER_ID, wire.DaemonGone(9, "x"), Nack.FIELD),
+        (link.vcpu_identity(0), wire.Entry(0, 0, 0, 0, 0, 0, 0, 0, 0, 0), Nack.NOT_EXPECTED),
+    ],
+)
+def test_who_may_not_say_what(shell: Shell, identity: bytes, message: Any, code: Nack) -> None:
+    before = shell.obs.stats.get(HostCounter.BAD_MESSAGES)
+    shell.say(identity, message)
+    assert shell.answers(wire.NackMsg)[-1].code == code
+    assert shell.obs.stats.get(HostCounter.BAD_MESSAGES) == before + 1
+
+
+def test_an_exit_of_a_vcpu_that_was_not_entered_is_refused(shell: Shell) -> None:
+    def exit_record(seq: int, reason: int = wire.ExitReason.BOOT) -> wire.Exit:
+        return wire.Exit(seq, 0, reason, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+
+    vcpu = link.vcpu_identity(0)
+    shell.say(vcpu, exit_record(1))
+    assert len(shell.answers(wire.Entry)) == 1
+    shell.say(vcpu, exit_record(2, wire.ExitReason.HLT))
+    shell.say(vcpu, exit_record(3))
+    assert shell.answers(wire.NackMsg)[-1].code == Nack.NOT_EXPECTED
+    assert len(shell.answers(wire.Entry)) == 1
+    with pytest.raises(WireError):
+        wire.decode(b"")
