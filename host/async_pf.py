@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import Final, Protocol
 
 from host.events import CancelFetch, Fetch
 from host.observe import Observer
@@ -20,6 +20,9 @@ from proto.profile import Profile
 from proto.stats import HostCounter
 from proto.trace import Kind
 from proto.units import TOKEN_WAKE_ALL
+
+CANCEL_ELIDED: Final = 4
+"""Why a work item was forgotten (trace field of CANCEL); the other reasons are the architecture's."""
 
 
 class Work:
@@ -198,6 +201,7 @@ class AsyncPf:
 
     def drop_done(self, work: Work) -> None:
         """v3's elision: the page came before its not-present event was delivered (spec §1.8)."""
+        self._trace(Kind.CANCEL, work, a=CANCEL_ELIDED, b=work.gfn)
         self.done.remove(work)
         self.queue.pop(work.id, None)
         self.queued -= 1

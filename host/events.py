@@ -85,7 +85,7 @@ class GuestRead32(NamedTuple):
 
 
 class GuestWrite32(NamedTuple):
-    """Host access to guest memory; answer True, or False when no slot backs it."""
+    """Host access to guest memory; answer 1 + the word that was there, or 0 when no slot backs it."""
 
     cpu: int
     ask: int
@@ -181,6 +181,13 @@ class PoweredDown(NamedTuple):
     """The vCPU has nothing left to run."""
 
     cpu: int
+
+
+# ---- vm machine -> shell -----------------------------------------------------------------------------------
+class OutOfMemory(NamedTuple):
+    """Somebody waits for a frame, nothing is on its way out, and the swap is full: this cannot get better by itself."""
+
+    waiting: int
 
 
 # ---- vm machine <-> swap machine -------------------------------------------------------------------------

@@ -174,6 +174,7 @@ class HostShell:
             ev.GuestWrite32: self._to_vm,
             ev.Answer: lambda e: self.routed.append((self.vcpus[e.cpu], e)),
             ev.Fetched: lambda e: self.routed.append((self.vcpus[e.cpu], e)),
+            ev.OutOfMemory: self._out_of_memory,
             ev.SwapIn: self._to_swap,
             ev.SwapOut: self._to_swap,
             ev.SlotFree: self._to_swap,
@@ -550,6 +551,18 @@ class HostShell:
                 self._send(daemon.identity, wire.Model(1))
         self._to_launcher(wire.Started(now))
         self._poke_all()
+
+    def _out_of_memory(self, effect: ev.OutOfMemory) -> None:
+        """No frame, no slot: an orderly end instead of a hang."""
+        if not self.finished:
+            self.finished = True
+            used = self.swap.slots_used
+            self._to_launcher(
+                wire.Failed(
+                    f"out of memory: {effect.waiting} faults wait for a frame and all {used} swap slots are used"
+                    " (raise swapd.size_mib or host.allowance_mib)"
+                )
+            )
 
     def _stop(self, reason: str) -> None:
         if self.stopped:

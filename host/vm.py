@@ -33,6 +33,7 @@ from host.events import (
     GuestWrite32,
     Gup,
     LookAtGrace,
+    OutOfMemory,
     SlotFree,
     SwapIn,
     SwapInDone,
@@ -166,6 +167,8 @@ class VmMachine(Machine):
             self._feed_frame_waiters()
         if self._reclaiming or self.free_count < self.limits.low or self._frame_waiters:
             self._reclaim()
+        if self.swap_full and self._frame_waiters and not self._evicting and not self._writes:
+            self.emit(OutOfMemory(len(self._frame_waiters)))
 
     @property
     def grace_pending(self) -> bool:
@@ -339,7 +342,7 @@ class VmMachine(Machine):
         hvp = self.find_hvp(event.vm, event.gpa >> PAGE_SHIFT)
         write = type(event) is GuestWrite32
         if hvp < 0 or self._state[hvp] == HPT_BAD:
-            self.emit(Answer(event.cpu, event.ask, False if write else -1, waited))
+            self.emit(Answer(event.cpu, event.ask, 0 if write else -1, waited))
             return
         if self._state[hvp] in (HPT_NONE, HPT_ZERO):
             if self.free_count == 0:
@@ -356,9 +359,10 @@ class VmMachine(Machine):
             self._take_back(hvp, write)
         offset = event.gpa & (PAGE_SIZE - 1)
         if isinstance(event, GuestWrite32):
+            old = self.memory.read32(self._frame[hvp], offset)
             self.memory.write32(self._frame[hvp], offset, event.value)
             self._flags[hvp] = (self._flags[hvp] | F_DIRTY | F_YOUNG) & ~F_ZEROED
-            self.emit(Answer(event.cpu, event.ask, True, waited))
+            self.emit(Answer(event.cpu, event.ask, 1 + old, waited))
         else:
             self.emit(Answer(event.cpu, event.ask, self.memory.read32(self._frame[hvp], offset), waited))
 
@@ -514,7 +518,6 @@ class VmMachine(Machine):
         self._slot[hvp] = -1
         self._state[hvp] = HPT_RESIDENT
         self._flags[hvp] = (self._flags[hvp] | F_DIRTY | F_YOUNG) & ~F_WRITEBACK
-        self.obs.count(HostCounter.IO_ERRORS)
 
     def _free_slot(self, slot: int) -> None:
         self.swap_full = False

@@ -211,7 +211,8 @@ class X86:
         """Store a u32 of the guest's shared area; False when no memslot backs it. Held while the page is fetched, like any host access."""
         gpa = self.area_gpa + offset
         answer = yield from self.m.query(lambda ask: GuestWrite32(self.m.cpu, ask, self.m.vm, gpa, value))
-        self.trace(Kind.SLOT_WRITE, token=value, a=offset, b=value)
+        # The old word, all ones when nothing was written: what I15 and I24 are checked by.
+        self.trace(Kind.SLOT_WRITE, token=value, a=offset, b=value, c=(answer.value - 1) & 0xFFFF_FFFF_FFFF_FFFF)
         return bool(answer.value)
 
     def read_area(self, offset: int) -> Path:

@@ -99,6 +99,7 @@ class Bench:
         self.io: list[ev.SendIo] = []
         self.disk: dict[int, bytes] = {}
         self.seq = 0
+        self.out_of_memory = 0
         self.feed(self.swap, ev.DaemonUp(0, 0))
 
     # -- routing -------------------------------------------------------------------------------------------
@@ -133,6 +134,8 @@ class Bench:
             self.routed.append((self.swap, effect))
         elif kind is ev.SendIpi:
             self.routed.append((self.vcpus[effect.target], ev.Interrupt(effect.target, effect.vector)))
+        elif kind is ev.OutOfMemory:
+            self.out_of_memory += 1
         elif kind not in (ev.PoweredDown, ev.AtBarrier):
             self.routed.append((self.vm, effect))
 
