@@ -7,10 +7,9 @@ import sys
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from proto import layout
+from proto import generated_page, layout
 
 BEGIN: Final = "<!-- tables: python -m proto.layout_page docs/memory-map.md -->"
-END: Final = "<!-- end of tables -->"
 
 SECTIONS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
     ("Run page (page 0 of `control`)", ("CTL_",)),
@@ -69,12 +68,8 @@ def tables() -> str:
 
 
 def with_tables(page: str) -> str:
-    """The page with its generated part made anew. Raises ValueError when a marker is missing."""
-    before, found, rest = page.partition(BEGIN)
-    _, ended, after = rest.partition(END)
-    if not found or not ended:
-        raise ValueError("the page has no markers for its tables")
-    return f"{before}{BEGIN}\n\n{tables()}\n\n{END}{after}"
+    """The page with its generated part made anew."""
+    return generated_page.with_tables(page, BEGIN, tables())
 
 
 if __name__ == "__main__":

@@ -11,11 +11,11 @@ from typing import Any, Final
 
 import numpy as np
 
+from proto import generated_page
 from proto.wire import DONE_DTYPE, IO_DTYPE, SPECS, ExitReason, Held, Inject, Kind, Nack, Role
 
 WIDTHS: Final = {"B": "u8", "H": "u16", "I": "u32", "Q": "u64"}
 BEGIN: Final = "<!-- tables: python -m proto.wire_page docs/wire.md -->"
-END: Final = "<!-- end of tables -->"
 
 SENDERS: Final[dict[Kind, str]] = {
     Kind.HELLO: "everybody → host",
@@ -94,12 +94,8 @@ def tables() -> str:
 
 
 def with_tables(page: str) -> str:
-    """The page with its generated part made anew. Raises ValueError when a marker is missing."""
-    before, found, rest = page.partition(BEGIN)
-    _, ended, after = rest.partition(END)
-    if not found or not ended:
-        raise ValueError("the page has no markers for its tables")
-    return f"{before}{BEGIN}\n\n{tables()}\n\n{END}{after}"
+    """The page with its generated part made anew."""
+    return generated_page.with_tables(page, BEGIN, tables())
 
 
 if __name__ == "__main__":
