@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def _nothing_left_behind(_temporary_directory: Path, _subreaper: None) -> Iterat
     yield
     multiprocessing.active_children()  # waits for those that have ended
     left = _leftover_processes(pids)
-    left += [f"file {SHM / name}" for name in sorted(_names(SHM) - shm) if _is_mine(SHM / name)]
+    left += [f"file {SHM / name}" for name in _files_that_stay(SHM, shm)]
     left += [f"file {_temporary_directory / name}" for name in sorted(_names(_temporary_directory) - files)]
     if left:
         pytest.fail("the test left behind: " + "; ".join(left), pytrace=False)
@@ -76,6 +77,16 @@ def _leftover_processes(before: set[int]) -> list[str]:
 
 def _names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
+
+def _files_that_stay(folder: Path, before: set[str]) -> list[str]:
+    """New files of this user that are still there after a while; another session's come and go."""
+    deadline_s = time.monotonic() + EXIT_GRACE_S
+    while True:
+        new = sorted(name for name in _names(folder) - before if _is_mine(folder / name))
+        if not new or time.monotonic() > deadline_s:
+            return new
+        time.sleep(0.05)
 
 
 def _is_mine(path: Path) -> bool:
