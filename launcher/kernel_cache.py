@@ -135,3 +135,9 @@ def _remove_stale(parent: Path, *, keep: Path, now_s: float) -> None:
         if now_s - used_s > KEEP_S:
             # Whatever cannot be removed (another start is doing the same) only takes space.
             shutil.rmtree(path, ignore_errors=True)
+
+
+def is_filled() -> bool:
+    """Whether compiled kernels of these sources are there; a guess for progress messages."""
+    folder = os.environ.get(VARIABLE)
+    return folder is not None and any(Path(folder).rglob("*vcpu_run*.nbi"))

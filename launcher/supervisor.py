@@ -22,6 +22,7 @@ from typing import Any, Final
 
 import zmq
 
+from launcher import kernel_cache
 from launcher.chaos import ChaosPlan, OutageMeter
 from launcher.lifecycle import Bounds, Effect, End, Fence, Fork, Kill, Lifecycle, Phase, Tell
 from launcher.progress import Progress
@@ -119,6 +120,7 @@ class Supervisor:
             [-1] * topology.total_vcpus,
             topology.pcpus(usable_cores()),
         )
+        self._starting = ""
         self._stall_checked_ns = 0
         self._memory_due_ns = 0
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
@@ -133,7 +135,12 @@ class Supervisor:
     # -- the loop ---------------------------------------------------------------------------------------------------------
     def run(self) -> None:
         """Until the run is over; `outcome` says how. The processes are still there: `tear_down`."""
-        self._progress.phase("starting")
+        self._starting = (
+            "starting"
+            if kernel_cache.is_filled()
+            else "compiling the kernels, this once (about half a minute)"
+        )
+        self._progress.phase(self._starting)
         self._life.begin(time.monotonic_ns())
         while self._life.phase is not Phase.OVER:
             self._turn()
@@ -311,6 +318,8 @@ class Supervisor:
             self._progress.update(
                 f"{seconds:.1f} of {self._topology.run.seconds:g} s, work {self._watch.work():,}, {faults}{chaos}"
             )
+        elif self._life.phase is Phase.STARTING:
+            self._progress.update(self._starting)
         else:
             self._progress.update(f"{self._life.phase.value}, {swapped}")
 
