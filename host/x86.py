@@ -124,6 +124,8 @@ class X86:
                 work.announced = True
                 self.m.obs.count(HostCounter.FAULTS_ASYNC)
                 return
+            if not self.profile.failed_write_halts:
+                return
         self.m.request(REQ_APF_HALT)
         self.m.obs.count(HostCounter.FAULTS_HALT)
 
@@ -212,7 +214,9 @@ class X86:
         gpa = self.area_gpa + offset
         answer = yield from self.m.query(lambda ask: GuestWrite32(self.m.cpu, ask, self.m.vm, gpa, value))
         # The old word, all ones when nothing was written: what I15 and I24 are checked by.
-        self.trace(Kind.SLOT_WRITE, token=value, a=offset, b=value, c=(answer.value - 1) & 0xFFFF_FFFF_FFFF_FFFF)
+        self.trace(
+            Kind.SLOT_WRITE, token=value, a=offset, b=value, c=(answer.value - 1) & 0xFFFF_FFFF_FFFF_FFFF
+        )
         return bool(answer.value)
 
     def read_area(self, offset: int) -> Path:

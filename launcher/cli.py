@@ -209,6 +209,80 @@ def cmd_chaos(args: argparse.Namespace) -> int:
     return commands.cmd_chaos(args)
 
 
+def _add_scenario(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "files", nargs="+", metavar="FILE", help="a TOML file, or the name of a shipped scenario"
+    )
+    parser.add_argument(
+        "--world", choices=("sim", "real"), default="sim", help="virtual time or processes (default: sim)"
+    )
+    parser.add_argument(
+        "--explain", action="store_true", help="tell the story of the first fault, rule by rule"
+    )
+    parser.add_argument(
+        "--events", action="store_true", help="show the events, also of several scenarios that passed"
+    )
+    options.add_json(parser)
+
+
+def cmd_scenario(args: argparse.Namespace) -> int:
+    """`scenario FILE...`: scripted protocol cases, expected against observed."""
+    from launcher import scenario
+
+    return scenario.cmd_scenario(args)
+
+
+def _add_sim(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--seed", type=options.seed_number, default=1, metavar="N", help="the run of this seed (default: 1)"
+    )
+    parser.add_argument(
+        "--seeds", type=_seed_range, metavar="A..B", help="the runs of these seeds, B included"
+    )
+    parser.add_argument("--profile", choices=options.PROFILES, help="the rule set (default: drawn)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="keep the events here")
+    options.add_json(parser)
+
+
+def _seed_range(text: str) -> range:
+    """Seeds A..B, both included."""
+    first, dots, last = text.partition("..")
+    if not dots:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a range of seeds (allowed: as in 1..500)")
+    seeds = range(options.seed_number(first), options.seed_number(last) + 1)
+    if not seeds:
+        raise argparse.ArgumentTypeError(f"{text!r} holds no seed (allowed: A..B with A up to B)")
+    return seeds
+
+
+def cmd_sim(args: argparse.Namespace) -> int:
+    """`sim`: random runs in virtual time."""
+    from launcher import sim
+
+    return sim.cmd_sim(args)
+
+
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        type=Path,
+        metavar="RUN_DIR|EVENTS",
+        help="run directories, event files (*.bin) of one run, recordings of kernels (*.jsonl)",
+    )
+    parser.add_argument(
+        "--profile", choices=options.PROFILES, help="the rule set (default: what the run says, else mainline)"
+    )
+    options.add_json(parser)
+
+
+def cmd_check(args: argparse.Namespace) -> int:
+    """`check RUN_DIR|EVENTS...`: the invariants of KVM against recorded events."""
+    from launcher import check
+
+    return check.cmd_check(args)
+
+
 def cmd_topologies(args: argparse.Namespace) -> int:
     """`topologies`: the ready-made ones, one line each."""
     from launcher import commands
@@ -239,6 +313,14 @@ COMMANDS = (
     Command("trace", "show what a recorded trace holds", _add_trace, cmd_trace),
     Command("stress", "many vCPUs under overcommit, with every page checked", _add_stress, cmd_stress),
     Command("chaos", "kill processes during a run and check that nothing is lost", _add_chaos, cmd_chaos),
+    Command(
+        "scenario",
+        "run scripted protocol cases and compare with what is expected",
+        _add_scenario,
+        cmd_scenario,
+    ),
+    Command("sim", "random runs in virtual time, one per seed", _add_sim, cmd_sim),
+    Command("check", "check the events of a run against KVM's invariants", _add_check, cmd_check),
     Command("topologies", "list the ready-made topologies", _no_arguments, cmd_topologies),
     Command(
         "test",

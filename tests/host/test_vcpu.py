@@ -313,3 +313,23 @@ def test_token_zero_is_never_used_in_mainline() -> None:
     bench = swapped()
     bench.vcpus[0].x86.id = 1 << 20
     assert entry_of(bench.touch(GFN)).cr2 == 0x1000
+
+
+@pytest.mark.parametrize(("profile", "halts"), [("mainline", True), ("v7", False)])
+def test_a_not_present_whose_word_cannot_be_written(profile: str, halts: bool) -> None:
+    bench = swapped(profile=profile)
+    bench.vcpus[0].x86.area_gpa = 1 << 40
+    entry = bench.touch(GFN)
+    assert (entry is None) is halts
+    assert bench.obs.counts[HostCounter.FAULTS_ASYNC] == 0
+    if entry is not None:
+        assert entry.inject == Inject.NONE
+        assert bench.touch(GFN) is None, "the refault meets the hash"
+    bench.serve()
+    assert 0 in bench.entries
+
+
+def test_v3_blocks_while_an_exception_is_pending() -> None:
+    bench = swapped(profile="v3")
+    assert bench.touch(GFN, pending=1) is None
+    assert bench.obs.counts[HostCounter.FAULTS_ASYNC] == 0

@@ -1,0 +1,756 @@
+"""Every invariant that is checked: a story that breaks it and nothing else, and the same story told right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from proto.trace import Kind
+from report.check.rules import RULES
+from tests.report.check_story import (
+    IF,
+    MSR_EN,
+    MSR_INT,
+    PENDING,
+    PG,
+    SECOND_NS,
+    USER,
+    VECTOR,
+    WAKE_ALL,
+    Story,
+    numbers,
+)
+
+Teller = Callable[[Story, bool], None]
+STORIES: dict[int, tuple[str, bool, Teller]] = {}
+"""By invariant: profile, events of a recorded kernel, story (bad or good)."""
+
+
+def tells(number: int, profile: str = "mainline", *, recorded: bool = False) -> Callable[[Teller], Teller]:
+    """Register a story."""
+
+    def register(teller: Teller) -> Teller:
+        STORIES[number] = (profile, recorded, teller)
+        return teller
+
+    return register
+
+
+@tells(1, recorded=True)
+def _token_twice(s: Story, bad: bool) -> None:
+    # Numbers may jump in a recorded kernel: three jumps go once round the 20 bits.
+    for gfn, number in enumerate((1, 400_001, 800_001, 1 if bad else 2)):
+        s.fault(number, 10 + gfn)
+
+
+@tells(2)
+def _token_of_another_vcpu(s: Story, bad: bool) -> None:
+    s.boot()
+    token = 1 << 12 | (5 if bad else 0)
+    s.add(Kind.TRY_ASYNC_GET_PAGE, b=10)
+    s.add(Kind.ASYNC_PF_NOT_PRESENT, 0, token)
+    s.cancel(token)
+
+
+@tells(3)
+def _token_zero(s: Story, bad: bool) -> None:
+    s.boot()
+    s.life(0 if bad else 1, 10)
+
+
+@tells(4)
+def _sixty_five_outstanding(s: Story, bad: bool) -> None:
+    s.boot()
+    tokens = [s.fault(1 + i, 10 + i) for i in range(65 if bad else 64)]
+    for token in tokens:
+        s.cancel(token)
+
+
+@tells(5)
+def _full_while_empty(s: Story, bad: bool) -> None:
+    s.boot()
+    tokens = [s.fault(1 + i, 10 + i) for i in range(1 if bad else 64)]
+    s.add(Kind.TRY_ASYNC_GET_PAGE, b=500)
+    s.add(Kind.SETUP_FAIL, 0, (len(tokens) + 1) << 12, a=1, b=500)
+    for token in tokens:
+        s.cancel(token)
+
+
+@tells(6)
+def _repeated_but_never_announced(s: Story, bad: bool) -> None:
+    s.boot()
+    token = s.asleep(1, 10)
+    s.add(Kind.TRY_ASYNC_GET_PAGE, b=77 if bad else 10)
+    s.add(Kind.ASYNC_PF_REPEATED_FAULT, b=77 if bad else 10)
+    s.halt()
+    s.done(token)
+    s.add(Kind.HALT_OFF)
+    s.told(token)
+
+
+@tells(7)
+def _page_announced_twice(s: Story, bad: bool) -> None:
+    s.boot()
+    first = s.asleep(1, 10)
+    second = s.asleep(2, 10 if bad else 11, task=2)
+    s.done(first)
+    s.done(second)
+    s.told(first)
+    s.told(second, task=2)
+
+
+def _injected_with(state: int, good: int = USER) -> Teller:
+    def teller(s: Story, bad: bool) -> None:
+        s.boot()
+        token = s.fault(1, 10)
+        s.inject(token, state=state if bad else good)
+        s.handle(token)
+        s.sleep(token)
+        s.done(token)
+        s.told(token)
+
+    return teller
+
+
+tells(9)(_injected_with(USER & ~IF))
+tells(10)(_injected_with(USER | PENDING))
+tells(11)(_injected_with(USER & ~3))
+tells(12)(_injected_with(USER & ~PG))
+
+
+@tells(13)
+def _injected_without_the_word(s: Story, bad: bool) -> None:
+    s.boot()
+    token = s.fault(1, 10)
+    if not bad:
+        s.add(Kind.SLOT_WRITE, 0, 1, a=0, b=1)
+    s.add(Kind.INJ, 0, token, a=1, b=token, c=USER)
+    s.handle(token)
+    s.sleep(token)
+    s.done(token)
+    s.told(token)
+
+
+@tells(14, recorded=True)
+def _double_fault(s: Story, bad: bool) -> None:
+    s.boot(enable=False)
+    s.add(Kind.INJ_EXCEPTION, a=8 if bad else 3)
+
+
+@tells(15)
+def _word_not_consumed(s: Story, bad: bool) -> None:
+    s.boot()
+    first = s.fault(1, 10)
+    s.inject(first)
+    if not bad:
+        s.add(Kind.G_CLEAR, 0, first, a=0, b=1)
+    s.add(Kind.G_NP, 0, first, a=1, b=first)
+    s.sleep(first)
+    second = s.asleep(2, 11, task=2)
+    s.done(first)
+    s.done(second)
+    s.told(first)
+    s.told(second, task=2)
+
+
+@tells(16)
+def _taken_twice(s: Story, bad: bool) -> None:
+    s.boot()
+    token = s.fault(1, 10)
+    s.inject(token)
+    s.handle(token)
+    if bad:
+        s.add(Kind.G_NP, 0, token, a=1, b=token)
+    s.sleep(token)
+    s.done(token)
+    s.told(token)
+
+
+@tells(17)
+def _another_cr2(s: Story, bad: bool) -> None:
+    s.boot()
+    token = s.fault(1, 10)
+    s.inject(token)
+    s.add(Kind.G_CLEAR, 0, token, a=0, b=1)
+    s.add(Kind.G_NP, 0, token, a=1, b=token + 0x1000 * bad)
+    s.sleep(token)
+    s.done(token)
+    s.told(token)
+
+
+@tells(18)
+def _prefault_starts_a_fault(s: Story, bad: bool) -> None:
+    s.boot()
+    token = s.asleep(1, 10)
+    s.done(token)
+    s.add(Kind.PREFAULT, 0, token)
+    if bad:
+        s.add(Kind.TRY_ASYNC_GET_PAGE, b=99)
+    s.add(Kind.ASYNC_PF_READY, 0, token)
+    s.deliver(0, token)
+    s.take_ready(0, token)
+    s.wake(token)
+    s.consumed(0, token)
+
+
+@tells(19)
+def _repeated_without_halt(s: Story, bad: bool) -> None:
+    s.boot()
+    token = s.asleep(1, 10)
+    s.add(Kind.TRY_ASYNC_GET_PAGE, b=10)
+    s.add(Kind.ASYNC_PF_REPEATED_FAULT, b=10)
+    if not bad:
+        s.halt()
+        s.add(Kind.HALT_OFF)
+    s.add(Kind.SWITCH, a=1, b=2)
+    s.done(token)
+    s.told(token)
+
+
+@tells(20)
+def _ready_before_the_fetch(s: Story, bad: bool) -> None:
+    s.boot()
+    token = s.asleep(1, 10)
+    if not bad:
+        s.done(token)
+    s.told(token)
+
+
+@tells(21)
+def _ready_twice(s: Story, bad: bool) -> None:
+    s.boot()
+    token = s.life(1, 10)
+    if bad:
+        s.add(Kind.ASYNC_PF_READY, 0, token)
+
+
+@tells(22)
+def _told_ready_but_never_missing(s: Story, bad: bool) -> None:
+    s.boot()
+    token = s.fault(1, 10)
+    s.halt()
+    s.done(token)
+    s.add(Kind.HALT_OFF)
+    s.ready(token)
+    if bad:
+        s.deliver(0, token)
+        s.take_ready(0, token)
+        s.consumed(0, token)
+    s.life(2, 11)
+
+
+@tells(23)
+def _overtaken(s: Story, bad: bool) -> None:
+    s.boot()
+    first, second = s.asleep(1, 10), s.asleep(2, 11, task=2)
+    s.done(first)
+    s.done(second)
+    order = [(second, 2), (first, 1)] if bad else [(first, 1), (second, 2)]
+    for token, task in order:
+        s.told(token, task=task)
+
+
+def _old_word(number: int, profile: str, offset: int) -> None:
+    @tells(number, profile)
+    def teller(s: Story, bad: bool) -> None:
+        s.boot()
+        token = s.fault(1, 10)
+        s.inject(token, old=7 * (bad and offset == 0))
+        s.handle(token)
+        s.sleep(token)
+        s.done(token)
+        s.ready(token)
+        s.deliver(0, token, old=7 * (bad and offset == 4))
+        s.take_ready(0, token)
+        s.wake(token)
+        s.consumed(0, token)
+
+
+_old_word(24, "mainline", 4)
+
+
+@tells(25)
+def _word_written_over(s: Story, bad: bool) -> None:
+    s.boot()
+    first, second = s.asleep(1, 10), s.asleep(2, 11, task=2)
+    for token in (first, second):
+        s.done(token)
+    s.ready(first)
+    s.deliver(0, first)
+    s.take_ready(0, first)
+    s.wake(first)
+    if not bad:
+        s.consumed(0, first)
+    s.ready(second)
+    s.deliver(0, second)
+    s.take_ready(0, second)
+    s.wake(second, task=2)
+    s.consumed(0, second)
+
+
+@tells(26)
+def _token_without_interrupt(s: Story, bad: bool) -> None:
+    s.boot()
+    token = s.asleep(1, 10)
+    s.done(token)
+    s.ready(token)
+    s.add(Kind.SLOT_WRITE, 0, token, a=4, b=token)
+    if not bad:
+        s.add(Kind.APIC_ACCEPT_IRQ, 0, token, a=VECTOR)
+    s.take_ready(0, token)
+    s.wake(token)
+    s.consumed(0, token)
+
+
+@tells(27, "v7")
+def _ready_with_interrupts_off(s: Story, bad: bool) -> None:
+    s.boot()
+    token = s.asleep(1, 10)
+    s.done(token)
+    s.ready(token)
+    s.add(Kind.SLOT_WRITE, 0, 2, a=0, b=2)
+    s.add(Kind.INJ, 0, token, a=2, b=token, c=USER & ~IF if bad else USER)
+    s.take_ready(0, token)
+    s.wake(token)
+
+
+@tells(28)
+def _repeated_after_ready(s: Story, bad: bool) -> None:
+    s.boot()
+    s.life(1, 10)
+    other = s.asleep(2, 11)
+    s.add(Kind.TRY_ASYNC_GET_PAGE, b=10 if bad else 11)
+    s.add(Kind.ASYNC_PF_REPEATED_FAULT, b=10 if bad else 11)
+    s.halt()
+    s.done(other)
+    s.add(Kind.HALT_OFF)
+    s.told(other)
+
+
+@tells(30)
+def _written_while_disabled(s: Story, bad: bool) -> None:
+    if bad:
+        s.add(Kind.SLOT_WRITE, 0, 1, a=0, b=1)
+    s.boot()
+
+
+@tells(31)
+def _written_elsewhere(s: Story, bad: bool) -> None:
+    s.boot()
+    s.add(Kind.SLOT_WRITE, 0, 1, a=8 if bad else 0, b=1)
+
+
+@tells(33)
+def _reserved_bit_accepted(s: Story, bad: bool) -> None:
+    s.boot()
+    s.add(Kind.MSR_WR, a=MSR_EN, b=0x9009 | 0x10, c=not bad)
+
+
+@tells(34)
+def _disabled_with_an_item(s: Story, bad: bool) -> None:
+    s.boot()
+    token = s.fault(1, 10)
+    s.halt()
+    s.add(Kind.HALT_OFF)
+    if not bad:
+        s.cancel(token, why=1)
+    s.add(Kind.MSR_WR, a=MSR_EN, b=0)
+    if bad:
+        s.cancel(token, why=1)
+
+
+@tells(35)
+def _runs_while_halted(s: Story, bad: bool) -> None:
+    s.boot()
+    token = s.fault(1, 10)
+    s.halt()
+    if bad:
+        s.add(Kind.G_IRQ, a=0xEC)
+    s.done(token)
+    s.add(Kind.HALT_OFF)
+    s.ready(token)
+
+
+@tells(36)
+def _halted_for_nothing(s: Story, bad: bool) -> None:
+    s.boot()
+    token = s.fault(1, 10)
+    if bad:
+        s.done(token)
+        s.ready(token)
+    s.halt()
+    s.add(Kind.HALT_OFF)
+    s.cancel(token)
+
+
+@tells(38)
+def _left_blocked(s: Story, bad: bool) -> None:
+    s.boot()
+    token = s.fault(1, 10)
+    s.halt()
+    s.done(token)
+    s.now_ns += 11 * SECOND_NS * bad
+    s.add(Kind.HALT_OFF)
+    s.ready(token)
+
+
+@tells(39)
+def _two_nodes(s: Story, bad: bool) -> None:
+    s.boot()
+    token = s.asleep(1, 10)
+    if bad:
+        s.sleep(token, task=2)
+    s.done(token)
+    s.told(token, task=2 if bad else 1)
+
+
+@tells(40)
+def _resumed_before_the_wake(s: Story, bad: bool) -> None:
+    s.boot()
+    token = s.asleep(1, 10)
+    if bad:
+        s.add(Kind.G_RESUME, 0, token, a=1)
+    s.done(token)
+    s.told(token)
+
+
+@tells(41)
+def _switches_while_it_halts(s: Story, bad: bool) -> None:
+    s.boot()
+    token = s.fault(1, 10)
+    s.inject(token)
+    s.handle(token)
+    s.sleep(token, variant=1)
+    if bad:
+        s.add(Kind.SWITCH, a=1, b=2)
+    s.done(token)
+    s.told(token)
+
+
+@tells(43)
+def _broadcast_of_another_cpu(s: Story, bad: bool) -> None:
+    s.boot()
+    s.boot(1)
+    token = s.asleep(1, 10)
+    s.add(Kind.ASYNC_PF_READY, 0, WAKE_ALL)
+    s.deliver(0, WAKE_ALL)
+    s.take_ready(0, WAKE_ALL)
+    s.wake(token, 1 if bad else 0, variant=2)
+    s.consumed(0, WAKE_ALL)
+    s.cancel(token)
+
+
+@tells(44)
+def _gone_but_linked(s: Story, bad: bool) -> None:
+    s.boot()
+    token = s.asleep(1, 10)
+    s.add(Kind.TASK_DONE, a=1 if bad else 2)
+    s.done(token)
+    s.told(token)
+
+
+@tells(45)
+def _dummy_for_ever(s: Story, bad: bool) -> None:
+    s.boot()
+    token = s.life(1, 10)
+    if bad:
+        s.wake(token, variant=1)
+
+
+@tells(46)
+def _after_the_end(s: Story, bad: bool) -> None:
+    s.boot()
+    token = s.fault(1, 10)
+    s.cancel(token)
+    if bad:
+        s.add(Kind.SLOT_READ0, a=4)
+
+
+@tells(47)
+def _cleared_without_a_wake(s: Story, bad: bool) -> None:
+    s.boot()
+    token = s.asleep(1, 10)
+    s.done(token)
+    s.ready(token)
+    s.deliver(0, token)
+    s.take_ready(0, token)
+    if not bad:
+        s.wake(token)
+    s.consumed(0, token)
+
+
+@tells(48)
+def _never_delivered(s: Story, bad: bool) -> None:
+    s.boot()
+    token = s.fault(1, 10)
+    s.done(token)
+    s.now_ns += 11 * SECOND_NS * bad
+    s.cancel(token)
+
+
+@tells(49)
+def _round_and_round(s: Story, bad: bool) -> None:
+    s.boot()
+    token = s.asleep(1, 10)
+    for _ in range(150 if bad else 50):
+        s.halt()
+        s.add(Kind.HALT_OFF)
+    s.done(token)
+    s.told(token)
+
+
+@tells(50)
+def _the_same_page_for_ever(s: Story, bad: bool) -> None:
+    s.boot()
+    for number in range(1, 300 if bad else 200):
+        token = s.fault(number, 10)
+        s.done(token)
+        s.ready(token)
+
+
+def _tell(number: int, *, bad: bool) -> tuple[Story, bool]:
+    profile, recorded, teller = STORIES[number]
+    story = Story(profile)
+    teller(story, bad)
+    return story, recorded
+
+
+@pytest.mark.parametrize("number", sorted(STORIES))
+def test_a_story_that_breaks_it_breaks_nothing_else(number: int) -> None:
+    story, recorded = _tell(number, bad=True)
+    verdict = story.check(recorded=recorded)
+    assert numbers(verdict) == {number}
+    (finding,) = verdict.violated
+    assert finding.violations == len(finding.examples) >= 1
+    assert finding.checks >= finding.violations
+
+
+@pytest.mark.parametrize("number", sorted(STORIES))
+def test_the_same_story_told_right_breaks_nothing(number: int) -> None:
+    story, recorded = _tell(number, bad=False)
+    verdict = story.check(recorded=recorded)
+    assert numbers(verdict) == set()
+    assert verdict.findings[number - 1].checks > 0
+
+
+def test_every_invariant_is_told_or_is_in_no_event() -> None:
+    unseen = {rule.number for rule in RULES if rule.unseen}
+    assert unseen == {8, 29, 32, 37, 42}
+    assert set(STORIES) | unseen == set(range(1, 51))
+
+
+# -- other ways to break some of them ----------------------------------------------------------------------------------
+
+
+def test_two_exceptions_queued_at_once() -> None:
+    story = Story()
+    story.boot()
+    first, second = story.fault(1, 10), story.fault(2, 11)
+    story.inject(first)
+    story.inject(second)
+    assert 14 in numbers(story.check(cut="test"))
+
+
+def test_an_exception_that_the_guest_never_saw() -> None:
+    story = Story()
+    story.boot()
+    first = story.fault(1, 10)
+    story.inject(first)
+    story.add(Kind.G_CLEAR, 0, first, a=0, b=1)
+    story.inject(story.fault(2, 11))
+    assert numbers(story.check(cut="test")) == {16}
+
+
+def test_announcing_word_by_its_old_value() -> None:
+    story = Story()
+    story.boot()
+    story.inject(story.fault(1, 10), old=2)
+    assert numbers(story.check(cut="test")) == {15}
+
+
+def test_a_write_that_no_memslot_backed_is_none() -> None:
+    story = Story()
+    story.boot()
+    token = story.fault(1, 10)
+    story.add(Kind.SLOT_WRITE, 0, 1, a=0, b=1, c=2**64 - 1)
+    story.halt()
+    story.add(Kind.HALT_OFF)
+    story.cancel(token)
+    assert numbers(story.check()) == set()
+
+
+def test_vector_zero() -> None:
+    story = Story()
+    story.add(Kind.MSR_WR, a=0x80F, b=0x1FF)
+    story.add(Kind.MSR_WR, a=MSR_EN, b=0x9009)
+    story.add(Kind.ASYNC_PF_READY, 0, WAKE_ALL)
+    story.add(Kind.SLOT_WRITE, 0, WAKE_ALL, a=4, b=WAKE_ALL)
+    story.add(Kind.APIC_ACCEPT_IRQ, 0, WAKE_ALL, a=0)
+    assert numbers(story.check()) == {26}
+
+
+def test_enabled_with_the_lapic_off() -> None:
+    story = Story()
+    story.add(Kind.MSR_WR, a=MSR_INT, b=VECTOR)
+    story.add(Kind.MSR_WR, a=MSR_EN, b=0x9009)
+    story.add(Kind.ASYNC_PF_READY, 0, WAKE_ALL)
+    assert 26 in numbers(story.check(cut="test"))
+
+
+@pytest.mark.parametrize("profile", ["mainline", "v7", "v3"])
+def test_a_broadcast_wakes_all_of_its_cpu(profile: str) -> None:
+    story = Story(profile)
+    story.boot()
+    first, second = story.asleep(1, 10), story.asleep(2, 11, task=2)
+    story.add(Kind.ASYNC_PF_READY, 0, WAKE_ALL)
+    story.deliver(0, WAKE_ALL)
+    story.take_ready(0, WAKE_ALL)
+    story.wake(first, variant=2)
+    story.consumed(0, WAKE_ALL)
+    story.resume(first)
+    for token in (first, second):
+        story.cancel(token)
+    found = story.check(cut="test")
+    assert numbers(found) == {43}
+    assert found.violated[0].examples[0]["token"] == second
+
+
+def test_a_wake_by_another_cpu_may_stand_behind_the_resume() -> None:
+    story = Story()
+    story.boot()
+    story.boot(1)
+    token = story.asleep(1, 10)
+    story.done(token)
+    story.ready(token)
+    story.deliver(0, token)
+    story.take_ready(0, token)
+    story.resume(token)
+    story.wake(token, 1)
+    story.consumed(0, token)
+    assert numbers(story.check()) == set()
+
+
+def test_a_task_that_resumed_and_was_never_woken() -> None:
+    story = Story()
+    story.boot()
+    token = story.asleep(1, 10)
+    story.resume(token)
+    story.done(token)
+    assert 40 in numbers(story.check())
+
+
+def test_dummy_rules() -> None:
+    story = Story()
+    story.boot()
+    token = story.fault(1, 10)
+    story.inject(token)
+    story.handle(token)
+    story.done(token)
+    story.ready(token)
+    story.deliver(0, token)
+    story.take_ready(0, token)
+    story.wake(token, variant=1)
+    story.consumed(0, token)
+    story.sleep(token, variant=2)
+    assert numbers(story.check()) == set()
+    story.sleep(token, variant=2)
+    assert numbers(story.check()) == {39}
+
+
+def test_a_lost_fault_is_found_when_the_run_ends_by_itself() -> None:
+    story = Story()
+    story.boot()
+    token = story.asleep(1, 10)
+    assert numbers(story.check()) == {47}
+    story.add(Kind.STOP)
+    story.cancel(token)
+    assert numbers(story.check()) == set(), "stopped while it was under way"
+
+
+def test_a_sleeper_whom_the_disabling_guest_forgot() -> None:
+    story = Story()
+    story.boot()
+    token = story.asleep(1, 10)
+    story.cancel(token, why=1)
+    story.add(Kind.MSR_WR, a=MSR_EN, b=0)
+    assert numbers(story.check()) == {47}
+    story.wake(token, variant=2)
+    assert numbers(story.check()) == set()
+
+
+def test_a_dequeued_completion_that_was_not_told() -> None:
+    story = Story()
+    story.boot()
+    token = story.asleep(1, 10)
+    story.done(token)
+    story.ready(token)
+    story.add(Kind.STOP)
+    assert numbers(story.check()) == {47}
+
+
+def test_completions_behind_ready_events_where_the_trace_does_not_order_them() -> None:
+    story = Story()
+    for number in (1, 2):
+        story.fault(number, 10 + number)
+    for number in (1, 2):
+        story.ready(number << 12)
+    for number in (2, 1):
+        story.add(Kind.ASYNC_PF_COMPLETED, b=(10 + number) << 12)
+    assert numbers(story.check(recorded=True)) == set()
+    del story.rows[-1]
+    assert numbers(story.check(recorded=True)) == {20}
+
+
+def test_a_fetch_may_end_before_its_announcement_in_v3_only() -> None:
+    for profile, expected in (("v3", set()), ("mainline", {20})):
+        story = Story(profile)
+        story.boot()
+        story.done(1 << 12)
+        token = story.asleep(1, 10)
+        if profile == "mainline":
+            story.done(token)
+        story.told(token)
+        assert numbers(story.check()) == expected
+
+
+def test_an_elided_fault_of_v3() -> None:
+    story = Story("v3")
+    story.boot()
+    token = story.fault(0, 10)
+    story.done(token)
+    story.add(Kind.PREFAULT, 0, token)
+    story.cancel(token, why=4)
+    story.life(1, 10)
+    assert numbers(story.check()) == set()
+
+
+def test_v3_may_send_to_user_mode_with_interrupts_off() -> None:
+    story = Story("v3")
+    story.boot()
+    story.inject(story.fault(1, 10), state=USER & ~IF)
+    assert numbers(story.check(cut="test")) == set()
+    story = Story("v3")
+    story.boot(send_always=True)
+    story.inject(story.fault(1, 10), state=USER & ~IF)
+    assert numbers(story.check(cut="test")) == {9}
+
+
+@pytest.mark.parametrize(
+    ("index", "value", "failed", "good"),
+    [
+        (MSR_INT, 0x1F3, 0, False),
+        (MSR_INT, 0x1F3, 1, True),
+        (MSR_EN, 0x9009 | 4, 0, False),
+        (MSR_EN, 0x9009 | 4, 1, True),
+        (MSR_EN, 0x9009, 1, True),
+        (MSR_EN, 0, 1, False),
+        (0x4B564D00, 0x9001, 0, False),
+        (0x4B564D07, 2**64 - 1, 0, True),
+    ],
+)
+def test_table_g(index: int, value: int, failed: int, good: bool) -> None:
+    story = Story()
+    story.boot()
+    story.add(Kind.MSR_WR, a=index, b=value, c=failed)
+    assert (33 not in numbers(story.check(cut="test"))) is good
