@@ -4,7 +4,7 @@ Purpose: run scenario files (sim/scenario_file.py) and say what came of them, as
 
 Invariants: all files are read and checked before any is run; exit code 0 = all as expected, 1 = some difference, 2 = bad input.
 
-Not handled here: the real world, where a scenario runs as processes; it is refused.
+Not handled here: how a scenario runs, in virtual time (sim/scenario_run.py) or as processes (launcher/scenario_real.py).
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from launcher import scenario_real
+from launcher.progress import Progress
+from launcher.signals import Signals
 from launcher.zygote_link import APP_DIR
-from proto.errors import UserError
 from sim import scenario_run
 from sim.scenario_file import Scenario, load
 from sim.scenario_run import SHOWN, Outcome
@@ -29,12 +32,9 @@ TOKENS_SHOWN: Final = 8
 
 def cmd_scenario(args: argparse.Namespace) -> int:
     """Run every file; the results go to standard output."""
-    if args.world != "sim":
-        raise UserError(
-            "scenarios do not run as processes yet", where="--world", found=args.world, allowed="sim"
-        )
     scenarios = [load(find(name)) for name in args.files]
-    outcomes = [scenario_run.run(scenario) for scenario in scenarios]
+    real = args.world == "real"
+    outcomes = _as_processes(scenarios) if real else [scenario_run.run(scenario) for scenario in scenarios]
     if args.json:
         json.dump([outcome.plain() for outcome in outcomes], sys.stdout, indent=1)
         sys.stdout.write("\n")
@@ -46,6 +46,21 @@ def cmd_scenario(args: argparse.Namespace) -> int:
         if len(outcomes) > 1:
             sys.stdout.write(f"{len(outcomes)} scenarios, {failed} failed\n")
     return OK if all(outcome.passed for outcome in outcomes) else FAILED
+
+
+def _as_processes(scenarios: Sequence[Scenario]) -> list[Outcome]:
+    """One after the other, until Ctrl-C; what cannot run as processes is refused before anything runs."""
+    for scenario in scenarios:
+        scenario_real.check(scenario)
+    outcomes: list[Outcome] = []
+    progress = Progress(sys.stderr)
+    with Signals() as signals:
+        for number, scenario in enumerate(scenarios, 1):
+            progress.prefix = f"{scenario.name} {number}/{len(scenarios)}"
+            outcomes.append(scenario_real.run(scenario, signals, progress))
+            if signals.count:
+                break
+    return outcomes
 
 
 def find(name: str) -> Path:

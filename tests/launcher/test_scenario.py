@@ -66,7 +66,7 @@ def test_a_story(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["nowhere.toml"], "cannot be read"),
         ([ONE, "nowhere"], "cannot be read"),
-        ([ONE, "--world", "real"], "do not run as processes yet"),
+        ([ONE, "nowhere", "--world", "real"], "cannot be read"),
     ],
 )
 def test_bad_usage(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

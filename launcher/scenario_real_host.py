@@ -1,0 +1,212 @@
+"""The host process of a scenario in the real world: the host of every run, with a set-up phase and a record.
+
+Set-up: when the page server is up, the pages that a scenario wants on swap get their contents, lose their mapping and are written out
+over the wire like any victim of reclaim; vCPUs that say HELLO meanwhile are answered when all are there. Two hypercalls belong to the
+script and not to the guest: to page out a page, and to end the run.
+
+Invariants: no vCPU executes before the set-up is over; nothing of the set-up is in the record; a scenario that does not end by itself
+is ended `LIMIT_NS` after the times it names.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+
+from host import events as ev
+from host.kernels import F_DIRTY, HPT_EVICT, HPT_RESIDENT, HPT_SLOT, HPT_WRITING
+from host.shell import HostShell, ShellObserver
+from host.shell import warm as warm_host
+from host.vcpu import VcpuMachine
+from launcher import scenario_real_part as part
+from proto import wire
+from proto.layout import NPT_D
+from proto.profile import PROFILES
+from proto.run import RunContext
+from proto.stats import HostCounter, StatsBlock
+from proto.trace import Kind, TraceWriter
+from proto.units import WORDS_PER_PAGE
+from sim.record import Record
+from sim.scenario_file import Scenario
+from sim.world import WITNESS
+
+NOBODY: Final = -1
+DIRTY: Final = np.uint8(F_DIRTY)
+LIMIT_NS: Final = 5_000_000_000
+"""Beyond the longest that the times in a scenario can add up to: what the processes themselves need, many times over."""
+
+
+class TeeObserver(ShellObserver):
+    """Counters and events go where those of every run go, and into the scenario's record."""
+
+    __slots__ = ("record_",)
+
+    def __init__(self, stats: StatsBlock, writer: TraceWriter) -> None:
+        super().__init__(stats, writer)
+        self.record_ = Record()
+        self.record_.quiet = True
+
+    def count(self, counter: HostCounter, n: int = 1) -> None:
+        """See host.observe.Observer."""
+        super().count(counter, n)
+        self.record_.count(counter, n)
+
+    def trace(
+        self, kind: Kind, *, vcpu: int = 0, vm: int = 0, token: int = 0, a: int = 0, b: int = 0, c: int = 0
+    ) -> None:
+        """See host.observe.Observer."""
+        super().trace(kind, vcpu=vcpu, vm=vm, token=token, a=a, b=b, c=c)
+        self.record_.now_ns = time.monotonic_ns()
+        self.record_.trace(kind, vcpu=vcpu, vm=vm, token=token, a=a, b=b, c=c)
+
+
+def longest_ns(scenario: Scenario) -> int:
+    """An upper bound of what waits and service times of a scenario add up to."""
+    services = sum(
+        scenario.service_of.get(page, scenario.service_ns) for task in scenario.tasks for page in task.pages
+    )
+    return services + sum(step.wait_ns for step in scenario.script)
+
+
+class ScenarioHost(HostShell):
+    """See the module docstring."""
+
+    def __init__(self, ctx: RunContext) -> None:
+        self.scenario = part.scenario_of(ctx)
+        super().__init__(ctx)
+        self.max_outstanding = 0
+        self._setting_up: list[int] | None = None
+        """gfns on their way to swap; None before the page server is up."""
+        self._waiting: list[tuple[tuple[str, int, int], bytes, wire.Hello]] = []
+        self._paging_out: list[tuple[bytes, int, int]] = []
+        """(vCPU, sequence number of its exit, gfn) of script steps under way."""
+        self._limit_ns = 0
+        answer = self._effects[ev.Answer]
+        self._effects[ev.Answer] = lambda e: None if e.cpu == NOBODY else answer(e)
+
+    def _machines(self) -> None:
+        """As in every run, except that vCPU ids need not begin with 0."""
+        self.tee = TeeObserver(self.obs.stats, self.writer)
+        self.obs = self.tee
+        super()._machines()
+        profile = PROFILES[self.scenario.profile]
+        self.vcpus = [
+            VcpuMachine(cpu, 0, vcpu_id, profile, True, self.obs)
+            for cpu, vcpu_id in enumerate(self.scenario.vcpu_ids)
+        ]
+
+    # -- set-up --------------------------------------------------------------------------------------------
+    def _admit(self, number: int, identity: bytes, epoch: int) -> None:
+        super()._admit(number, identity, epoch)
+        if self._setting_up is None:
+            self._route()
+            self._setting_up = part.on_swap(self.scenario)
+            for gfn in self._setting_up:
+                self._put_on_swap(gfn)
+
+    def _put_on_swap(self, gfn: int) -> None:
+        """Give the page recognisable contents and page it out."""
+        self._feed(self.vm, ev.GetPage(NOBODY, 0, 0, gfn, True, ev.Gup.WAIT))
+        self._route()
+        frame = int(self.vm.frame_of[gfn])
+        # The last word, so that what the guest keeps in the page (the shared area) starts as zeros.
+        self.memory.frames[frame * WORDS_PER_PAGE + WORDS_PER_PAGE - 1] = np.uint64(WITNESS + gfn)
+        self.vm.flags[gfn] |= DIRTY
+        self._evict(gfn)
+
+    def _evict(self, gfn: int) -> None:
+        """What reclaim does to a victim; the grace period and the write-back follow by themselves."""
+        if self.vm.state[gfn] != HPT_RESIDENT:
+            return
+        if self.memory.unmap(0, gfn) & NPT_D:
+            self.vm.flags[gfn] |= DIRTY
+        self.vm.state[gfn] = HPT_EVICT
+        self.vm._begin_grace(0, [gfn])
+
+    def _hello(
+        self, peer: tuple[str, int, int], identity: bytes, message: wire.Hello, extra: Sequence[bytes]
+    ) -> None:
+        if peer[0] == "V" and not self._limit_ns:
+            self._waiting.append((peer, identity, message))
+        else:
+            super()._hello(peer, identity, message, extra)
+
+    def _open(self) -> None:
+        """Everything is on swap: the guest may start."""
+        self.tee.record_.quiet = False
+        self._limit_ns = time.monotonic_ns() + longest_ns(self.scenario) + LIMIT_NS
+        for peer, identity, message in self._waiting:
+            super()._hello(peer, identity, message, ())
+
+    def _kick(self, effect: ev.KickVcpu) -> None:
+        self.obs.trace(Kind.KICK, vcpu=self.scenario.vcpu_ids[effect.cpu], a=effect.request)
+        super()._kick(effect)
+
+    # -- the script ----------------------------------------------------------------------------------------
+    def _exit(
+        self, peer: tuple[str, int, int], identity: bytes, message: wire.Exit, extra: Sequence[bytes]
+    ) -> None:
+        call = message.arg0 if peer[0] == "V" and message.reason == wire.ExitReason.HYPERCALL else 0
+        if call == part.HC_PAGE_OUT:
+            self._evict(message.arg1)
+            self._paging_out.append((identity, message.seq, message.arg1))
+        elif call == part.HC_END:
+            self._finish("the script ended the run")
+        else:
+            super()._exit(peer, identity, message, extra)
+
+    def _paged_out(self) -> None:
+        """Answer the steps whose pages are out."""
+        for step in list(self._paging_out):
+            identity, seq, gfn = step
+            if self.vm.state[gfn] not in (HPT_EVICT, HPT_WRITING):
+                self._paging_out.remove(step)
+                self._send(identity, wire.Entry(seq, 0, wire.Inject.NONE, 0, 0, 0, 0, wire.Held.NONE, 0, 0))
+
+    def _finish(self, reason: str) -> None:
+        if not self.finished:
+            self.finished = True
+            self._to_launcher(wire.Finished(reason))
+
+    # -- the loop ------------------------------------------------------------------------------------------
+    def _route(self) -> None:
+        super()._route()
+        self.max_outstanding = max(self.max_outstanding, *(len(v.x86.apf.queue) for v in self.vcpus))
+
+    def _due(self, now: int) -> None:
+        super()._due(now)
+        pages = self._setting_up
+        if pages is not None and not self._limit_ns and all(self.vm.state[g] == HPT_SLOT for g in pages):
+            # Seen at the latest when the loop wakes for the last acknowledgement.
+            self._open()
+        self._paged_out()
+        if self._limit_ns and now > self._limit_ns:
+            self._finish("the scenario did not end")
+
+    def leave_part(self) -> None:
+        """Events and counters for the launcher."""
+        facts: dict[str, Any] = {
+            "counts": {counter.name: n for counter, n in self.tee.record_.counts.items()},
+            "max_outstanding": self.max_outstanding,
+        }
+        part.write(self.ctx.run_dir, part.HOST, self.tee.record_.events, facts)
+
+
+def warm() -> None:
+    """In the zygote: the host's kernels."""
+    warm_host()
+
+
+def main(ctx: RunContext) -> None:
+    """Entry point of the host process."""
+    shell = ScenarioHost(ctx)
+    gc.freeze()
+    try:
+        shell.loop()
+        shell.leave_part()
+    finally:
+        shell.close()
