@@ -283,6 +283,17 @@ def cmd_check(args: argparse.Namespace) -> int:
     return check.cmd_check(args)
 
 
+def _add_zoo(parser: argparse.ArgumentParser) -> None:
+    options.add_json(parser)
+
+
+def cmd_zoo(args: argparse.Namespace) -> int:
+    """`zoo`: known bugs put back in, each must be noticed."""
+    from launcher import zoo
+
+    return zoo.cmd_zoo(args)
+
+
 def cmd_topologies(args: argparse.Namespace) -> int:
     """`topologies`: the ready-made ones, one line each."""
     from launcher import commands
@@ -320,6 +331,7 @@ COMMANDS = (
         cmd_scenario,
     ),
     Command("sim", "random runs in virtual time, one per seed", _add_sim, cmd_sim),
+    Command("zoo", "put known bugs back in and see which rule notices", _add_zoo, cmd_zoo),
     Command("check", "check the events of a run against KVM's invariants", _add_check, cmd_check),
     Command("topologies", "list the ready-made topologies", _no_arguments, cmd_topologies),
     Command(
