@@ -22,9 +22,10 @@ import zmq
 
 from host import events as ev
 from host.memory import HostMemory, VmMemory
+from host.setup import ShellObserver, memslots, water_marks
 from host.swap import SwapMachine
 from host.vcpu import VcpuMachine, Where
-from host.vm import Limits, Memslot, VmMachine
+from host.vm import VmMachine
 from proto import atomics, link, wire
 from proto.layout import (
     CTL_ABORT,
@@ -36,9 +37,8 @@ from proto.layout import (
 )
 from proto.profile import PROFILES
 from proto.run import PROC_HOST, RunContext
-from proto.stats import HostCounter, HostHist, StatsBlock, host_block
-from proto.topology import Topology
-from proto.trace import Kind, TraceWriter
+from proto.stats import HostCounter, host_block
+from proto.trace import Kind
 from proto.units import PAGE_SIZE
 from proto.wire import OP_WRITE, Message, Nack, WireError
 
@@ -51,54 +51,6 @@ PING_EVERY_NS: Final = 500_000_000
 PONG_BOUND_NS: Final = 5_000_000_000
 """A daemon that answers no heartbeat for this long is reported for a restart: ten beats, far above any scheduling delay seen."""
 WORDS: Final = 512
-
-
-class ShellObserver:
-    """Counters in the stats segment, events in the trace file."""
-
-    __slots__ = ("stats", "writer")
-
-    def __init__(self, stats: StatsBlock, writer: TraceWriter) -> None:
-        self.stats = stats
-        self.writer = writer
-
-    def count(self, counter: HostCounter, n: int = 1) -> None:
-        """See host.observe.Observer."""
-        self.stats.add(counter, n)
-
-    def gauge(self, counter: HostCounter, value: int) -> None:
-        """See host.observe.Observer."""
-        self.stats.set(counter, value)
-
-    def record(self, hist: HostHist, value_ns: int) -> None:
-        """See host.observe.Observer."""
-        self.stats.record(hist, value_ns)
-
-    def trace(
-        self, kind: Kind, *, vcpu: int = 0, vm: int = 0, token: int = 0, a: int = 0, b: int = 0, c: int = 0
-    ) -> None:
-        """See host.observe.Observer."""
-        self.writer.event(kind, vcpu, vm, token, a, b, c)
-
-
-def memslots(topology: Topology) -> list[Memslot]:
-    """One memslot per VM, host virtual pages one VM after the other."""
-    slots = []
-    base = 0
-    for v, vm in enumerate(topology.vm):
-        pages = vm.memory_mib * 256
-        slots.append(Memslot(v, 0, pages, base))
-        base += pages
-    return slots
-
-
-def water_marks(topology: Topology) -> Limits:
-    """Water marks of the topology in frames; the low mark never below what one batch of landing frames needs."""
-    frames = topology.allowance_pages
-    host = topology.host
-    low = max(16, int(frames * host.low_water_percent / 100))
-    high = max(low + 16, int(frames * host.high_water_percent / 100))
-    return Limits(low, high, host.populate_pages, host.zero_pages)
 
 
 class Daemon:

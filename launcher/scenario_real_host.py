@@ -19,7 +19,8 @@ import numpy as np
 
 from host import events as ev
 from host.kernels import F_DIRTY, HPT_EVICT, HPT_RESIDENT, HPT_SLOT, HPT_WRITING
-from host.shell import HostShell, ShellObserver
+from host.setup import ShellObserver
+from host.shell import HostShell
 from host.shell import warm as warm_host
 from host.vcpu import VcpuMachine
 from launcher import scenario_real_part as part
