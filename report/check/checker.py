@@ -35,6 +35,7 @@ from report.check.state import (
 from report.check.verdict import HELD, SKIPPED, VIOLATED, Finding, Verdict
 
 SEQ_BITS: Final = 32
+STOPPED_IN_TIME: Final = 1
 
 
 class Checker:
@@ -86,6 +87,8 @@ class Checker:
 
         finished: every task was done; by default, nothing was stopped.
         """
+        if not cut and int(self._tables.g[G_STOPPED]) > STOPPED_IN_TIME:
+            cut = "the run was interrupted"
         if not cut:
             check_end(self._tables, not self.stopped if finished is None else finished)
             self._keep_examples(np.empty(0, np.uint8))

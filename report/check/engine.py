@@ -112,7 +112,7 @@ def check_events(s: Tables, events: Events, start: int) -> int:
         kind = e["kind"]
         if kind >= MEMORY:
             if kind == K_STOP:
-                s.g[G_STOPPED] = 1
+                s.g[G_STOPPED] = max(s.g[G_STOPPED], 1 if e["a"] == 0 else 2)
             continue
         vm, vcpu = e["vm"], e["vcpu"]
         row = s.rows_of[vm, vcpu]

@@ -26,7 +26,7 @@ DEFAULT_PROFILE: Final = "mainline"
 SWAP_DAEMON: Final = "swapd"
 Counters = Any
 """Column of Lamport counters of a mapped file, u64, rising."""
-ORDERLY: Final = ("finished", "interrupted")
+FINISHED: Final = "finished"
 
 
 @dataclass(slots=True)
@@ -121,5 +121,5 @@ def _take_run_json(source: Source, path: Path) -> None:
         raise UserError(
             "not the run.json of a run", where=str(path), found=str(error), allowed="topology.run.profile"
         ) from error
-    if ended not in ORDERLY:
+    if ended != FINISHED:
         source.cut = source.cut or f"the run ended as {ended!r}"

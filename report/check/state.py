@@ -142,7 +142,9 @@ GONE_CANCELLED: Final = 2
 
 G_ROWS: Final = 0
 G_STOPPED: Final = 1
-"""A STOP was seen: what was under way then is nobody's fault."""
+"""A STOP was seen: what was under way then is nobody's fault. 1: the time was up, 2: something else, then vCPUs may leave without
+their last exit.
+"""
 G_FOUND: Final = 2
 """Rows of `found` in use."""
 G_WORDS: Final = 3

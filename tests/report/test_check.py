@@ -233,6 +233,22 @@ def test_a_run_that_was_killed_is_held_to_safety(tmp_path: Path) -> None:
     assert numbers(check_run(tmp_path / "whole")) == {47}
 
 
+@pytest.mark.parametrize(("why", "liveness"), [(0, True), (1, False)])
+def test_a_stop_excuses_what_was_under_way_and_an_interruption_all_of_liveness(
+    tmp_path: Path, why: int, liveness: bool
+) -> None:
+    story = Story()
+    story.boot()
+    token = story.asleep(1, 10)
+    story.add(Kind.STOP, a=why)
+    assert numbers(story.check()) == ({47} if liveness else set()), "not even cancelled"
+    story.cancel(token)
+    _write(tmp_path, story, ended="finished" if liveness else "interrupted")
+    for verdict in (check_run(tmp_path), next(check_paths(sorted((tmp_path / "events").iterdir())))):
+        assert verdict.ok
+        assert verdict.liveness is liveness
+
+
 def test_a_cut_file_is_checked_up_to_the_cut(tmp_path: Path) -> None:
     _write(tmp_path, _two_vcpus(20, lost=True))
     path = tmp_path / "events" / "vcpu-1.bin"
