@@ -239,6 +239,10 @@ class GuestCpu(Machine):
         yield from self.wrmsr(MSR_X2APIC_SPIV, SPIV_ENABLE | SPURIOUS)
         if self.config.enables_async_pf:
             yield from self._apf.enable()
+            # A kernel boots on with interrupts on for long before its first task runs: the broadcast of enabling comes here. Later it
+            # would wake a task whose ready event is still to come, and that one would then leave a dummy for nobody.
+            entry = yield from self.exit(ExitReason.HYPERCALL, if_=1)
+            yield from self._deliver(entry)
         # Each CPU sets its own bit once, so adding is setting.
         self.kernel.add(K_ONLINE + self.config.vcpu_id // 64, 1 << (self.config.vcpu_id % 64))
 

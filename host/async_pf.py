@@ -31,6 +31,7 @@ class Work:
     __slots__ = (
         "announced",
         "arrived",
+        "cancelled",
         "cr3",
         "gfn",
         "gpa",
@@ -67,6 +68,8 @@ class Work:
         self.announced = False
         """The not-present event was really injected (notpresent_injected)."""
         self.arrived = False
+        self.cancelled = False
+        """Forgotten: whoever still works on it stops at the next step (KVM waits for the worker instead)."""
         self.started_ns = 0
         """When the vCPU left for this fault, monotonic; for latencies only."""
 
@@ -151,18 +154,22 @@ class AsyncPf:
         return True
 
     def completed(self, work_id: int) -> Path:
-        """The worker's tail: append to the done list, then say so (spec §3.3). Unknown ids were cancelled."""
+        """The worker's tail: append to the done list, then say so (spec §3.3). Unknown ids were cancelled.
+
+        KVM hits the tracepoint of the completion when the list was let go already, so there it may stand behind the ready event (spec
+        §4.2); here it comes with the append, and the log has the order of the list.
+        """
         work = self.queue.get(work_id)
         if work is None:
             return
         work.arrived = True
         first = not self.done
         self.done.append(work)
+        self._trace(Kind.ASYNC_PF_COMPLETED, work, a=work.hvp << 12, b=work.gpa)
         yield "worker.appended"
-        if first:
+        if first and not work.cancelled:
             self._arch.present_queued()
         yield "worker.queued"
-        self._trace(Kind.ASYNC_PF_COMPLETED, work, a=work.hvp << 12, b=work.gpa)
 
     def check_completion(self, at_most: int = 1 << 30) -> Path:
         """Hand over completions, in done-list order (I23), while the guest can take them; returns how many."""
@@ -192,6 +199,7 @@ class AsyncPf:
     def clear(self, why: int) -> None:
         """Forget everything without telling the guest (disable, reset, power down)."""
         for work in self.queue.values():
+            work.cancelled = True
             self._trace(Kind.CANCEL, work, a=why, b=work.gfn)
             if not work.arrived:
                 self._emit(CancelFetch(self._cpu, work.id, work.hvp))

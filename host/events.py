@@ -241,6 +241,10 @@ class LookAtGrace(NamedTuple):
     """Look whether flush acknowledgements have come in; reclaim goes on from there."""
 
 
+class LookAtRequests(NamedTuple):
+    """Time has passed: ask again for what a daemon that is up has not answered for long."""
+
+
 class IoReply(NamedTuple):
     """One reply of a daemon."""
 

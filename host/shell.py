@@ -23,7 +23,7 @@ import zmq
 from host import events as ev
 from host.memory import HostMemory, VmMemory
 from host.setup import ShellObserver, memslots, water_marks
-from host.swap import SwapMachine
+from host.swap import SwapMachine, op_of
 from host.vcpu import VcpuMachine, Where
 from host.vm import VmMachine
 from proto import atomics, link, wire
@@ -40,7 +40,7 @@ from proto.run import PROC_HOST, RunContext
 from proto.stats import HostCounter, host_block
 from proto.trace import Kind
 from proto.units import PAGE_SIZE
-from proto.wire import OP_WRITE, Message, Nack, WireError
+from proto.wire import OP_READ, OP_WRITE, Message, Nack, WireError
 
 DRAIN_MAX: Final = 64
 """Messages taken before the effects go out: bounds how long an answer may wait for its batch."""
@@ -230,6 +230,8 @@ class HostShell:
         if now >= self.next_ping_ns:
             self.next_ping_ns = now + PING_EVERY_NS
             self._heartbeat(now)
+            if self.swap.outstanding:
+                self._feed(self.swap, ev.LookAtRequests())
 
     def _feed(self, machine: Any, event: Any) -> None:
         self.routed.append((machine, event))
@@ -350,13 +352,14 @@ class HostShell:
         """tcp: copy the pages of good reads into their landing frames; only frames of requests in flight are ever written."""
         pages = iter(extra)
         for request, result, _service in message.records.tolist():
-            frame = self.swap.landing_frame(number, request)
-            if frame is None or result != PAGE_SIZE:
+            if op_of(request) != OP_READ or result != PAGE_SIZE:
                 continue
             page = next(pages, None)
             if page is None or len(page) != PAGE_SIZE:
                 return False
-            self.memory.write_page(frame, page)
+            frame = self.swap.landing_frame(number, request)
+            if frame is not None:
+                self.memory.write_page(frame, page)
         return next(pages, None) is None
 
     def _pong(
@@ -467,7 +470,10 @@ class HostShell:
                 if daemon.pages_in_messages:
                     pages = [self.memory.page(r.frame) for r in batch if r.op == OP_WRITE]
                 self.writer.lamport += 1
-                self._send(daemon.identity, wire.Io(batch[0].epoch, self.writer.lamport, records), pages)
+                settled = self.swap.settled(number)
+                self._send(
+                    daemon.identity, wire.Io(batch[0].epoch, self.writer.lamport, settled, records), pages
+                )
         self.io.clear()
 
     def _heartbeat(self, now: int) -> None:

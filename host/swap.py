@@ -4,7 +4,8 @@ The host owns the swap map, as a kernel does; a daemon owns only bytes. Slots ar
 
 Invariants
 * A request is known by its id; it is answered once, whoever answers how often. A reply of another epoch, or of an id that is not
-  in flight, is counted and dropped.
+  in flight, is counted and dropped. What is not answered for `RESEND_NS` is sent again under the same id, which a daemon does only once;
+  an attempt that failed is asked for again under a new id.
 * Killing a daemon is not a fence: from `DaemonLost` to `DaemonFenced` its unanswered requests keep their frames and slots, and
   nothing is sent in their place. Only a new epoch after the fence gets them again, with the same id, slot and frame: then nobody
   else can write there.
@@ -28,6 +29,7 @@ from host.events import (
     DaemonLost,
     DaemonUp,
     IoReply,
+    LookAtRequests,
     SendIo,
     SlotFree,
     SwapIn,
@@ -46,8 +48,15 @@ SLOTS_PER_DAEMON: Final = 1 << 28
 """1 TiB of swap per daemon."""
 WINDOW: Final = 256
 """Requests out per daemon: four times the deepest I/O queue, so that the daemon never runs dry between two messages."""
+RESEND_NS: Final = 1_000_000_000
+"""A request or its reply is taken for lost after this long: far above what a device needs, and a needless copy does no harm."""
 ATTEMPTS_MAX: Final = 3
 """Sends of one request that the device may answer with an error before it counts as failed."""
+
+
+def op_of(request: int) -> int:
+    """OP_READ or OP_WRITE of a request's id."""
+    return request & 1
 
 
 class _Request:
@@ -61,6 +70,7 @@ class _Request:
         "id",
         "op",
         "sent_epoch",
+        "sent_ns",
         "serial",
         "slot",
         "started_ns",
@@ -78,6 +88,7 @@ class _Request:
         self.xxh3 = 0
         self.attempts = 0
         self.sent_epoch = -1
+        self.sent_ns = 0
         self.started_ns = now_ns
 
 
@@ -104,7 +115,7 @@ class SwapMachine(Machine):
         super().__init__()
         self.obs = observer
         self.daemons = [_Daemon(n) for n in slots]
-        self._next_id = 1
+        self._next_id = 2
         self._turn = 0
         self._outage_since_ns = [0] * len(self.daemons)
         self._handlers: dict[type[Any], Callable[[Any], None]] = {
@@ -112,6 +123,7 @@ class SwapMachine(Machine):
             SwapOut: self._swap_out,
             SlotFree: self._slot_free,
             IoReply: self._reply,
+            LookAtRequests: self._look_at_requests,
             DaemonUp: self._daemon_up,
             DaemonLost: self._daemon_lost,
             DaemonFenced: self._daemon_fenced,
@@ -148,14 +160,16 @@ class SwapMachine(Machine):
 
     # -- requests of the vm machine ------------------------------------------------------------------------
     def _swap_in(self, event: SwapIn) -> None:
-        self._enqueue(_Request(self._new_id(), OP_READ, event.slot, event.frame, event.hvp, self.now_ns))
+        self._enqueue(
+            _Request(self._new_id(OP_READ), OP_READ, event.slot, event.frame, event.hvp, self.now_ns)
+        )
 
     def _swap_out(self, event: SwapOut) -> None:
         slot = event.slot if event.slot >= 0 else self._take_slot()
         if slot < 0:
             self.emit(SwapOutDone(event.serial, event.hvp, -1, event.frame, ok=False, full=True))
             return
-        request = _Request(self._new_id(), OP_WRITE, slot, event.frame, event.hvp, self.now_ns)
+        request = _Request(self._new_id(OP_WRITE), OP_WRITE, slot, event.frame, event.hvp, self.now_ns)
         request.serial = event.serial
         request.xxh3 = event.xxh3
         self._enqueue(request)
@@ -177,23 +191,42 @@ class SwapMachine(Machine):
                 return index * SLOTS_PER_DAEMON + int(daemon.free[daemon.free_count])
         return -1
 
-    def _new_id(self) -> int:
+    def _new_id(self, op: int) -> int:
+        """Rising; the lowest bit says what is asked for, so that also a reply to a forgotten request can be read (`op_of`)."""
         ident = self._next_id
-        self._next_id += 1
-        return ident
+        self._next_id += 2
+        return ident | op
 
     def _enqueue(self, request: _Request) -> None:
         self.daemons[request.daemon].queue.append(request)
+
+    def settled(self, daemon: int) -> int:
+        """Ids of this daemon below it are answered and will not be asked for again."""
+        one = self.daemons[daemon]
+        return min([*one.out, *(request.id for request in one.queue)], default=self._next_id)
 
     def _send(self, index: int, daemon: _Daemon, request: _Request) -> None:
         request.attempts += 1
         request.sent_epoch = daemon.epoch
         daemon.out[request.id] = request
+        self._emit_io(index, daemon, request)
+
+    def _emit_io(self, index: int, daemon: _Daemon, request: _Request) -> None:
+        request.sent_ns = self.now_ns
         self.emit(
             SendIo(
                 index, daemon.epoch, request.id, request.op, request.slot % SLOTS_PER_DAEMON, request.frame
             )
         )
+
+    def _look_at_requests(self, _: LookAtRequests) -> None:
+        for index, daemon in enumerate(self.daemons):
+            if not daemon.up:
+                continue
+            for request in daemon.out.values():
+                if self.now_ns - request.sent_ns >= RESEND_NS:
+                    self.obs.count(HostCounter.RESENT)
+                    self._emit_io(index, daemon, request)
 
     # -- replies -------------------------------------------------------------------------------------------
     def _reply(self, event: IoReply) -> None:
@@ -206,6 +239,8 @@ class SwapMachine(Machine):
         ok = event.result == PAGE_SIZE
         if not ok and request.attempts < ATTEMPTS_MAX:
             self.obs.count(HostCounter.IO_RETRIES)
+            # The daemon has answered the old id and would answer the same again.
+            request.id = self._new_id(request.op)
             daemon.queue.append(request)
             return
         if not ok:

@@ -236,11 +236,34 @@ def _add_sim(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=options.seed_number, default=1, metavar="N", help="the run of this seed (default: 1)"
     )
-    parser.add_argument(
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
         "--seeds", type=_seed_range, metavar="A..B", help="the runs of these seeds, B included"
     )
+    which.add_argument(
+        "--minutes",
+        type=options.positive_seconds,
+        metavar="M",
+        help="seeds from --seed on, for so many minutes",
+    )
+    which.add_argument(
+        "--plan", type=Path, metavar="FILE", help="the run of a plan, as a failing seed leaves one"
+    )
+    parser.add_argument(
+        "--topology", metavar="TOPOLOGY", help="the machine of this topology (default: drawn, a small one)"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=options.positive_seconds,
+        metavar="S",
+        help="with --topology: virtual time of the workload",
+    )
     parser.add_argument("--profile", choices=options.PROFILES, help="the rule set (default: drawn)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="keep the events here")
+    parser.add_argument(
+        "--faults", type=options.fault_list, metavar="KIND,...",
+        help=f"what may go wrong: none, or some of {', '.join(options.SIM_FAULTS)} (default: all)",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="DIR", help="keep plan and events here")
     options.add_json(parser)
 
 

@@ -15,6 +15,10 @@ from pathlib import Path
 
 MODES = ("sync", "halt", "exception", "interrupt")
 PROFILES = ("v3", "v7", "mainline")
+SIM_FAULTS = (
+    "kill", "stall", "read_error", "write_error", "short_read", "bit_flip", "bad_block", "drop", "duplicate", "delay",
+)  # fmt: skip
+"""As sim/plan.py has them; a test compares."""
 _UNIT_NS = {"us": 1_000, "ms": 1_000_000, "s": 1_000_000_000, "m": 60 * 1_000_000_000}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(us|ms|s|m)")
 
@@ -60,6 +64,18 @@ def mode_list(text: str) -> tuple[str, ...]:
     if not set(modes) <= set(MODES) or len(set(modes)) != len(modes):
         raise argparse.ArgumentTypeError(f"{text!r} (allowed: different ones of {', '.join(MODES)})")
     return modes
+
+
+def fault_list(text: str) -> tuple[str, ...]:
+    """Kinds of faults separated by commas, each at most once; none for no faults."""
+    if text == "none":
+        return ()
+    kinds = tuple(text.split(","))
+    if not set(kinds) <= set(SIM_FAULTS) or len(set(kinds)) != len(kinds):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} (allowed: none, or different ones of {', '.join(SIM_FAULTS)})"
+        )
+    return kinds
 
 
 def add_topology(parser: argparse.ArgumentParser, *, default: str | None = None) -> None:

@@ -191,10 +191,11 @@ class Kick(NamedTuple):
 
 
 class Io(NamedTuple):
-    """Requests to a daemon; ``records``: IO_DTYPE array."""
+    """Requests to a daemon; ``records``: IO_DTYPE array. ``settled``: ids below it are answered and will not be asked for again."""
 
     epoch: int
     lamport: int
+    settled: int
     records: npt.NDArray[np.void]
 
 
@@ -324,7 +325,7 @@ SPECS: Final[dict[Kind, Spec]] = {
     Kind.EXIT: Spec(Exit, "IQBBBBBBBQQQQIIQQQ"),
     Kind.ENTRY: Spec(Entry, "IQBIQIQBQQ"),
     Kind.KICK: Spec(Kick, "QB"),
-    Kind.IO: Spec(Io, "IQ", IO_DTYPE),
+    Kind.IO: Spec(Io, "IQQ", IO_DTYPE),
     Kind.IO_DONE: Spec(IoDone, "IQ", DONE_DTYPE),
     Kind.PING: Spec(Ping, "IQ"),
     Kind.PONG: Spec(Pong, "IQ"),

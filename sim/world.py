@@ -35,6 +35,7 @@ from proto.units import PAGE_SIZE, WORDS_PER_PAGE
 from proto.wire import OP_READ, Entry
 from sim.agenda import ARRIVAL, GUEST, Agenda
 from sim.events import Back, EndRun, Leave, Off, PageOut, PowerOn, Said, Spin, Spun
+from sim.hostside import SimulationError
 from sim.memory import GuestMemory
 from sim.record import Record
 
@@ -69,10 +70,6 @@ class WorldConfig(NamedTuple):
     service_ns: Callable[[int], int]
     host_async: bool = True
     park_ns: Callable[[str], int] | None = None
-
-
-class SimulationError(AssertionError):
-    """The world cannot go on; our bug, or a rule that was broken on purpose."""
 
 
 class World:

@@ -104,7 +104,12 @@ class SwapdShell:
         self.buffers = _Buffers() if spec.transport == "tcp" else None
         memory = self.buffers.memory if self.buffers is not None else ctx.segments["frames"].u8
         frames = len(ctx.segments["frames"].u8) // PAGE_SIZE if self.buffers is None else 1 << 31
-        self.queue = RequestQueue(frames, info.slots, service_model(spec, ctx.topology.run.seed + daemon))
+        self.queue = RequestQueue(
+            frames,
+            info.slots,
+            service_model(spec, ctx.topology.run.seed + daemon),
+            own_buffers=self.buffers is not None,
+        )
         self.engine: Engine = open_engine(info.engine, info.fd, memory, spec.queue_depth)
         self.writer = ctx.trace(f"swapd-{daemon}-{epoch}", PROC_SWAPD + daemon)
         self.bad_messages = 0
@@ -178,15 +183,15 @@ class SwapdShell:
         self.writer.observe(message.lamport)
         requests = [Request(i, op, frame, slot) for i, op, frame, slot in message.records.tolist()]
         pages = self._pages(requests, extra)
-        start, refused = self.queue.accept(requests, time.monotonic_ns())
+        start, at_once = self.queue.accept(requests, message.settled, time.monotonic_ns())
         if start:
             ops = np.empty((len(start), 4), np.uint64)
             for row, request in enumerate(start):
                 frame = request.frame if self.buffers is None else self._buffer_for(request, pages)
                 ops[row] = (request.id, request.op, request.slot, frame)
             self.engine.submit(ops)
-        if refused:
-            self._answer(refused)
+        if at_once:
+            self._answer(at_once)
 
     def _pages(self, requests: Sequence[Request], extra: Sequence[bytes]) -> dict[int, bytes]:
         """The pages of a message's writes by request id; WireError when parts and records do not match."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from host import events as ev
-from host.swap import SLOTS_PER_DAEMON, WINDOW, SwapMachine
+from host.swap import RESEND_NS, SLOTS_PER_DAEMON, WINDOW, SwapMachine, op_of
 from proto.machine import MachineError
 from proto.stats import HostCounter
+from proto.wire import OP_READ, OP_WRITE
 from tests.host.harness import Recorder
 
 
@@ -142,3 +143,55 @@ def test_slots_are_spread_over_daemons() -> None:
     daemons = [sent(write(swap, i, i))[0].daemon for i in range(4)]
     assert daemons == [0, 1, 0, 1]
     assert SLOTS_PER_DAEMON > 10
+
+
+def test_what_is_not_answered_for_long_is_sent_again_under_the_same_id() -> None:
+    swap, obs = machine()
+    (first,) = sent(swap.on([ev.SwapIn(0, 0, 0)], 0))
+    assert swap.on([ev.LookAtRequests()], RESEND_NS - 1) == []
+    (again,) = sent(swap.on([ev.LookAtRequests()], RESEND_NS))
+    assert again == first
+    assert swap.on([ev.LookAtRequests()], RESEND_NS + 1) == [], "it has just been sent"
+    assert obs.counts[HostCounter.RESENT] == 1
+    assert len(reply(swap, first)) == 1
+    assert reply(swap, again) == []
+
+
+def test_a_daemon_that_is_down_is_not_asked_again() -> None:
+    swap, _ = machine()
+    swap.on([ev.SwapIn(0, 0, 0)], 0)
+    swap.on([ev.DaemonLost(0, 0)], 0)
+    assert swap.on([ev.LookAtRequests()], RESEND_NS) == []
+
+
+def test_a_failed_attempt_is_repeated_under_a_new_id() -> None:
+    """The daemon remembers its answers and would give the same one again."""
+    swap, _ = machine()
+    (io,) = sent(swap.on([ev.SwapIn(0, 0, 0)], 0))
+    (again,) = sent(reply(swap, io, -5))
+    assert again.request > io.request
+    assert (again.slot, again.frame, again.op) == (io.slot, io.frame, io.op)
+
+
+def test_settled_are_the_ids_below_all_that_is_unanswered() -> None:
+    swap, _ = machine((4 * WINDOW, 10))
+    out = sent(swap.on([ev.SwapOut(i, i, i, -1, 0) for i in range(8)], 0))
+    mine = [io for io in out if io.daemon == 0]
+    assert swap.settled(0) == mine[0].request
+    reply(swap, mine[1])
+    assert swap.settled(0) == mine[0].request
+    reply(swap, mine[0])
+    assert swap.settled(0) == mine[2].request
+    for io in out:
+        reply(swap, io)
+    assert swap.settled(0) == swap.settled(1) > max(io.request for io in out)
+    swap.on([ev.DaemonLost(0, 0)], 0)
+    swap.on([ev.SwapIn(0, 0, 0)], 0)
+    assert swap.settled(0) == swap.settled(1) - 2, "what waits to be sent is not settled"
+
+
+def test_an_id_says_what_was_asked() -> None:
+    swap, _ = machine()
+    (read,) = sent(swap.on([ev.SwapIn(0, 0, 0)], 0))
+    (written,) = sent(write(swap, 1))
+    assert (op_of(read.request), op_of(written.request)) == (OP_READ, OP_WRITE)

@@ -10,6 +10,8 @@ import pytest
 
 from launcher import cli
 from proto.profile import PROFILES
+from sim.draw import draw
+from sim.plan import load
 
 
 def sim(*words: str) -> int:
@@ -17,42 +19,69 @@ def sim(*words: str) -> int:
 
 
 def test_one_seed_shows_what_it_drew_first(capsys: pytest.CaptureFixture[str]) -> None:
-    assert sim("--seed", "7", "--profile", "v3") == 0
-    first, last = capsys.readouterr().out.splitlines()
-    assert first.startswith("seed=7 profile=v3 vcpus=")
+    assert sim("--seed", "7", "--profile", "v3", "--faults", "kill,drop") == 0
+    first, last = capsys.readouterr().out.splitlines()[:2]
+    assert first.startswith("seed=7 profile=v3 mode=")
     assert last.startswith("1 seeds, 0 failed; ")
-
-
-def test_the_same_seed_writes_the_same_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for folder in ("a", "b"):
-        assert sim("--seed", "9", "--out", str(tmp_path / folder)) == 0
-    first, second = ((tmp_path / folder / "events.jsonl").read_bytes() for folder in ("a", "b"))
-    assert first == second
-    assert {"us", "src", "ev", "vcpu"} <= set(json.loads(first.splitlines()[0]))
-    assert capsys.readouterr().err == ""
 
 
 def test_a_range_keeps_each_seed_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sim("--seeds", "3..5", "--json", "--out", str(tmp_path)) == 0
     assert sorted(path.parent.name for path in tmp_path.glob("*/events.jsonl")) == ["3", "4", "5"]
+    event = json.loads((tmp_path / "3" / "events.jsonl").read_text().splitlines()[0])
+    assert {"lamport", "t_ns", "proc", "vm", "vcpu", "kind"} <= set(event)
     totals = json.loads(capsys.readouterr().out)
     assert (totals["seeds"], totals["failed"], totals["passed"]) == (3, [], True)
+    assert totals["lifecycles"] > 0
 
 
-def test_a_failing_seed_says_how_to_repeat_it(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_kept_plan_is_the_run_again(tmp_path: Path) -> None:
+    assert sim("--seed", "9", "--out", str(tmp_path / "a")) == 0
+    assert sim("--plan", str(tmp_path / "a" / "plan.toml"), "--out", str(tmp_path / "b")) == 0
+    first, second = ((tmp_path / folder / "events.jsonl").read_bytes() for folder in ("a", "b"))
+    assert first == second
+
+
+def test_a_failing_seed_says_how_to_repeat_it_and_leaves_a_small_plan(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setitem(PROFILES, "v7", replace(PROFILES["v7"], ready_needs_announced=False))
-    assert sim("--seeds", "0..60", "--profile", "v7", "--json") == 1
+    assert sim("--seeds", "0..12", "--profile", "v7", "--json", "--out", str(tmp_path)) == 1
     captured = capsys.readouterr()
     failed = json.loads(captured.out)["failed"]
     assert failed
     assert f"again: python3 launch.py sim --seed {failed[0]} --profile v7" in captured.err
-    assert sim("--seed", str(failed[0]), "--profile", "v7") == 1, "the printed command fails again"
+    assert sim("--seed", str(failed[0]), "--profile", "v7", "--out", str(tmp_path / "again")) == 1, (
+        "it fails again"
+    )
+    small = tmp_path / f"seed-{failed[0]}.toml"
+    assert f"shrunk: python3 launch.py sim --plan {small}" in captured.err
+    assert load(small).ops < draw(failed[0], "v7").ops
+    assert sim("--plan", str(small), "--out", str(tmp_path / "small")) == 1
+    assert "I22" in small.read_text().splitlines()[0]
+
+
+def test_minutes_run_seed_after_seed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sim("--minutes", "0.01", "--seed", "40", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["seeds"] >= 1
+
+
+def test_the_machine_of_a_topology(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sim("--topology", "quickstart", "--seconds", "0.01", "--faults", "none") == 0
+    assert "vcpus=4 tasks=2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    "words", [["--seeds", "5..3"], ["--seeds", "7"], ["--seeds", "a..b"], ["--profile", "v38"]]
+    "words",
+    [
+        ["--seeds", "5..3"],
+        ["--seeds", "7"],
+        ["--seeds", "a..b"],
+        ["--profile", "v38"],
+        ["--faults", "kill,kill"],
+        ["--faults", "flood"],
+        ["--seeds", "1..2", "--minutes", "1"],
+    ],
 )
 def test_bad_arguments(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:

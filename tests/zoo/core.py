@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple
 
 from proto.machine import MachineError
 from proto.profile import PROFILES, Profile
-from sim.world import SimulationError
+from sim.hostside import SimulationError
 
 _UNSET: Final = object()
 

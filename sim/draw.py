@@ -1,0 +1,105 @@
+"""From a seed to a plan. Each seed draws its own machine, its own times and its own faults."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Final
+
+from sim.plan import FAULTS, MODES_OF, DaemonPlan, FaultPlan, SimPlan, TaskPlan, VmPlan, pages_needed
+
+PROFILES_DRAWN: Final = ("mainline", "mainline", "mainline", "v7", "v7", "v3")
+MODE_WEIGHTS: Final = {"sync": 1, "halt": 3, "exception": 8, "interrupt": 12}
+WORKLOADS_DRAWN: Final = (
+    "stamp",
+    "stamp",
+    "stamp",
+    "syscalls",
+    "syscalls",
+    "uniform",
+    "zipf",
+    "sequential",
+    "chase",
+)
+SERVICE_US: Final = ((0, 0), (1, 3), (5, 20), (10, 100), (50, 150), (100, 2_000))
+PARK_PERCENT: Final = (0, 0, 5, 20, 50)
+LINK_US: Final = (0, 1, 5, 40)
+CALM_US: Final = (2_000, 10_000, 40_000)
+OP_NS: Final = 100
+SPARE_SLOTS: Final = 32
+TABLES: Final = 4
+"""Page tables of one task, at least."""
+FRAMES_BASE: Final = 32
+"""Enough for what one operation may touch at a time, and for the water marks."""
+
+
+def draw(seed: int, profile: str | None = None, faults: Sequence[str] = FAULTS) -> SimPlan:
+    """The plan of a seed. ``profile`` fixes the rule set, ``faults`` which kinds may be drawn."""
+    rng = random.Random(f"plan {seed}")
+    name = rng.choice(PROFILES_DRAWN)
+    name = profile or name
+    modes = MODES_OF[name]
+    mode = rng.choices(modes, [MODE_WEIGHTS[one] for one in modes])[0]
+    vms = tuple(_vm(rng) for _ in range(rng.choice((1, 1, 1, 1, 2))))
+    working = sum(task.pages + TABLES for vm in vms for task in vm.tasks)
+    frames = FRAMES_BASE + 4 * sum(vm.vcpus for vm in vms) + int(working * rng.choice((0.0, 0.05, 0.1, 0.3)))
+    pages = sum(vm.memory_pages for vm in vms)
+    count = rng.choice((1, 1, 1, 2))
+    daemons = tuple(_daemon(rng, -(-pages // count) + SPARE_SLOTS) for _ in range(count))
+    return SimPlan(
+        seed=seed,
+        profile=name,
+        mode=mode,
+        frames=frames,
+        low=max(4, frames // 16),
+        high=max(8, frames // 8),
+        populate=rng.choice((1, 8, 16)),
+        zero_pages=rng.random() < 0.3,
+        schedule=rng.choice(("delays", "delays", "priorities")),
+        changes=rng.choice((1, 3, 10, 30)),
+        park_percent=rng.choice(PARK_PERCENT),
+        link_us=rng.choice(LINK_US),
+        calm_us=rng.choice(CALM_US),
+        stop_us=0,
+        vms=vms,
+        daemons=daemons,
+        faults=_faults(rng, count, faults),
+    )
+
+
+def _vm(rng: random.Random) -> VmPlan:
+    vcpus = rng.choice((1, 1, 2, 2, 3, 4))
+    tasks = tuple(_task(rng, vcpus) for _ in range(rng.randint(2, 6)))
+    return VmPlan(vcpus, pages_needed(tasks) + 16, OP_NS, rng.random() < 0.4, rng.random() < 0.3, tasks)
+
+
+def _task(rng: random.Random, vcpus: int) -> TaskPlan:
+    return TaskPlan(
+        workload=rng.choice(WORKLOADS_DRAWN),
+        vcpu=rng.randrange(vcpus),
+        pages=rng.randint(8, 48),
+        ops=rng.randint(15, 90),
+        write_percent=rng.choice((0, 10, 50, 100)),
+    )
+
+
+def _daemon(rng: random.Random, slots: int) -> DaemonPlan:
+    least, most = rng.choice(SERVICE_US)
+    return DaemonPlan(slots, least, most)
+
+
+def _faults(rng: random.Random, daemons: int, kinds: Sequence[str]) -> tuple[FaultPlan, ...]:
+    """None in a third of the seeds: the plain case must hold, too."""
+    if not kinds or rng.random() < 1 / 3:
+        return ()
+    return tuple(_fault(rng, daemons, rng.choice(list(kinds))) for _ in range(rng.randint(1, 5)))
+
+
+def _fault(rng: random.Random, daemons: int, kind: str) -> FaultPlan:
+    lasts = kind in ("stall", "delay")
+    return FaultPlan(
+        kind,
+        rng.randrange(daemons),
+        rng.choice((1, 2, 3, 5, 8, 13, 30, 80)),
+        rng.choice((50, 500, 5_000)) if lasts else 0,
+    )

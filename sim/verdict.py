@@ -1,0 +1,126 @@
+"""What must hold of a simulated run, and what does not.
+
+Beside the invariants of KVM (report/check, by number): the run came to its end, every read saw what was written there, no sleeper and no
+dummy is left, and every frame and every swap slot is accounted for. What stopped the run comes first; the rest of a stopped run is judged
+for safety only.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from host.kernels import HPT_EVICT, HPT_READING, HPT_RESIDENT, HPT_WRITING
+from proto.events import Events
+from proto.layout import VC_TASKS_KILLED
+from proto.stats import HostCounter
+from report.check.checker import Checker
+from report.check.verdict import Finding
+from sim.emulator import Emulator
+from sim.plan import SimPlan
+
+_HAS_FRAME: Final = (HPT_RESIDENT, HPT_EVICT, HPT_WRITING, HPT_READING)
+LIFECYCLES: Final = (
+    HostCounter.FAULTS_ASYNC, HostCounter.FAULTS_HALT, HostCounter.FAULTS_SYNC, HostCounter.FAULTS_REPEATED,
+)  # fmt: skip
+"""Faults that needed a page from swap, however they were served."""
+
+
+@dataclass(frozen=True, slots=True)
+class SimOutcome:
+    """One run. ``failures``: what does not hold, as lines; ``fired``: faults of the plan that happened, by kind."""
+
+    plan: SimPlan
+    failures: tuple[str, ...]
+    fired: Counter[str]
+    raw: bytes
+    events: int
+    lifecycles: int
+    faults: int
+    parks: int
+    reads_checked: int
+
+    @property
+    def passed(self) -> bool:
+        """Everything held."""
+        return not self.failures
+
+    @property
+    def unfired(self) -> Counter[str]:
+        """Faults of the plan whose occasion never came: the run says nothing about them."""
+        return Counter(fault.kind for fault in self.plan.faults) - self.fired
+
+
+def run_plan(plan: SimPlan) -> SimOutcome:
+    """Run a plan and judge it."""
+    emulator = Emulator(plan)
+    emulator.run()
+    counts = emulator.log.counts
+    return SimOutcome(
+        plan=plan,
+        failures=tuple(judge(emulator)),
+        fired=emulator.faults.fired,
+        raw=emulator.log.raw,
+        events=len(emulator.log),
+        lifecycles=sum(counts[counter] for counter in LIFECYCLES),
+        faults=counts[HostCounter.NESTED_FAULTS],
+        parks=emulator.chance.rested.total(),
+        reads_checked=emulator.guests.reads_checked,
+    )
+
+
+def judge(emulator: Emulator) -> list[str]:
+    """What does not hold, as lines: invariants by number first."""
+    stopped = bool(emulator.failures)
+    broken = invariants(
+        emulator.plan.profile, emulator.log.events(), cut=emulator.failures[0] if stopped else ""
+    )
+    found = [*broken, *emulator.failures]
+    if errors := emulator.guests.integrity_errors:
+        found.append(f"{errors} reads did not see what was written there")
+    if not stopped:
+        found += _left_over(emulator)
+    return found
+
+
+def invariants(profile: str, events: Events, cut: str = "") -> list[str]:
+    """The invariants that events break, with an example each."""
+    checker = Checker(profile)
+    checker.feed(events)
+    verdict = checker.finish("simulated", cut=cut, finished=not cut)
+    return [f"I{one.number} {one.text} ({_example(one)})" for one in verdict.violated]
+
+
+def _example(finding: Finding) -> str:
+    example: dict[str, Any] = finding.examples[0] if finding.examples else {}
+    event = example.get("event")
+    at = f"event {event['lamport']} {example['kind']}" if event else "at the end"
+    return f"vm {example.get('vm')} vcpu {example.get('vcpu')} token {example.get('token', 0):#x}, {at}"
+
+
+def _left_over(emulator: Emulator) -> list[str]:
+    """A run that came to its end leaves nothing half done."""
+    found = []
+    guests = emulator.guests
+    for v in range(len(guests.vms)):
+        first = next(one for one in guests.cpus if one.machine.config.vm == v)
+        linked, used = first.machine.sleepers.count()
+        if linked or used:
+            found.append(f"vm {v}: {linked} nodes in the sleeper table, {used} heap nodes in use")
+    killed = guests.counter(VC_TASKS_KILLED)
+    if killed and not emulator.faults.fired["bad_block"]:
+        found.append(f"{killed} tasks were killed, and no block was bad")
+    vm = emulator.host.vm
+    owned = vm.frame_of[np.isin(vm.state, _HAS_FRAME)]
+    frames = np.concatenate([owned[owned >= 0], vm.free[: vm.free_count]])
+    if len(frames) != emulator.plan.frames or len(np.unique(frames)) != emulator.plan.frames:
+        found.append(
+            f"{len(np.unique(frames))} of {emulator.plan.frames} frames are accounted for, {len(frames)} times"
+        )
+    slots = int((vm.slot_of >= 0).sum())
+    if slots != emulator.host.swap.slots_used:
+        found.append(f"{slots} pages have a slot, {emulator.host.swap.slots_used} slots are in use")
+    return found

@@ -1,0 +1,300 @@
+"""The whole emulator in virtual time: clean on the unmodified code, the same for the same plan, and able to find what is broken."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from host import events as ev
+from host.async_pf import AsyncPf
+from host.kernels import HPT_EVICT
+from host.swap import SwapMachine
+from host.vm import VmMachine
+from host.x86 import X86
+from proto.events import Kind
+from proto.machine import Path as Steps
+from proto.profile import PROFILES
+from proto.stats import HostCounter
+from sim.daemons import Daemons
+from sim.draw import draw
+from sim.emulator import Emulator
+from sim.plan import FAULTS, DaemonPlan, FaultPlan, SimPlan, TaskPlan, VmPlan, pages_needed
+from sim.verdict import judge, run_plan
+from swapd.machine import RequestQueue
+
+ROOT = Path(__file__).resolve().parents[2]
+CLEAN = range(2_000)
+HUNT = range(120)
+Patch = Callable[[pytest.MonkeyPatch], None]
+KINDS_PASSED = 20
+"""Of 2000 seeds at least so many must have passed with every kind of fault."""
+
+
+@pytest.mark.timeout(600)
+def test_two_thousand_seeds_hold() -> None:
+    passed: Counter[str] = Counter()
+    seen: Counter[str] = Counter()
+    for seed in CLEAN:
+        outcome = run_plan(draw(seed))
+        assert outcome.failures == (), seed
+        passed.update(kind for kind in outcome.fired if not outcome.unfired[kind])
+        seen[outcome.plan.profile] += 1
+        seen[outcome.plan.mode] += 1
+        seen[outcome.plan.schedule] += 1
+        seen["lifecycles"] += outcome.lifecycles
+        seen["checked"] += outcome.reads_checked
+    assert set(seen) >= {*PROFILES, "sync", "halt", "exception", "interrupt", "delays", "priorities"}
+    assert min(seen["lifecycles"], seen["checked"]) > len(CLEAN)
+    assert {kind: passed[kind] >= KINDS_PASSED for kind in FAULTS} == dict.fromkeys(FAULTS, True), passed
+
+
+def test_what_a_range_comes_to() -> None:
+    """Every way a fault can go, and every step that a path can rest at."""
+    counts: Counter[HostCounter] = Counter()
+    steps: Counter[str] = Counter()
+    for seed in range(150):
+        emulator = Emulator(draw(seed))
+        emulator.run()
+        assert judge(emulator) == [], seed
+        counts += emulator.log.counts
+        steps += emulator.chance.rested
+    for counter in (
+        HostCounter.FAULTS_ASYNC, HostCounter.FAULTS_HALT, HostCounter.FAULTS_SYNC, HostCounter.FAULTS_REPEATED, HostCounter.ELIDED,
+        HostCounter.WRITEBACK_CANCELLED, HostCounter.FRAME_WAITS, HostCounter.STALE_REPLIES, HostCounter.IO_RETRIES,
+        HostCounter.CHECKSUM_ERRORS, HostCounter.MACHINE_CHECKS, HostCounter.FENCES, HostCounter.RESENT, HostCounter.KICKS,
+    ):  # fmt: skip
+        assert counts[counter], counter.name
+    host = {
+        "setup.queued",
+        "setup.announced",
+        "worker.appended",
+        "worker.queued",
+        "dequeue.popped",
+        "ack.cleared",
+        "v3.inject",
+    }
+    guest = {"wait-looked", "wake-looked", "sleep-state-set", "wait-linked"}
+    assert not {step for step in host | guest if not steps[step]}
+
+
+def test_a_plan_is_a_run() -> None:
+    for seed in (3, 4, 5):
+        assert run_plan(draw(seed)).raw == run_plan(draw(seed)).raw
+    assert run_plan(draw(6)).raw != run_plan(draw(7)).raw
+
+
+def test_hash_seeds_do_not_matter(tmp_path: Path) -> None:
+    for hash_seed in ("0", "1"):
+        command = [
+            sys.executable,
+            str(ROOT / "launch.py"),
+            "sim",
+            "--seed",
+            "11",
+            "--out",
+            str(tmp_path / hash_seed),
+        ]
+        environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+        subprocess.run(command, check=True, capture_output=True, timeout=100, env=environment, cwd=ROOT)
+    for name in ("events.jsonl", "plan.toml"):
+        assert (tmp_path / "0" / name).read_bytes() == (tmp_path / "1" / name).read_bytes()
+
+
+# -- broken on purpose ---------------------------------------------------------------------------------------
+def hunt(patch: Patch, profile: str | None = None, **changes: Any) -> tuple[str, ...]:
+    """The complaints of the first seed that has any; without the patch it has none."""
+    with pytest.MonkeyPatch.context() as patching:
+        patch(patching)
+        for seed in HUNT:
+            plan = replace(draw(seed, profile), **changes)
+            failures = run_plan(plan).failures
+            if failures:
+                break
+        else:
+            return ()
+    assert run_plan(plan).failures == ()
+    return failures
+
+
+def method(owner: Any, name: str, function: Any) -> Patch:
+    return lambda patching: patching.setattr(owner, name, function)
+
+
+def said_before_appended(self: AsyncPf, work_id: int) -> Steps:
+    """Between the two the vCPU looks, finds nothing, and nobody says it again."""
+    work = self.queue.get(work_id)
+    if work is None:
+        return
+    work.arrived = True
+    if not self.done:
+        self._arch.present_queued()
+    yield "worker.queued"
+    self.done.append(work)
+
+
+def always_free(_: X86) -> Steps:
+    yield "can_dequeue.read"
+    return True
+
+
+def no_grace(self: VmMachine) -> None:
+    for queue in self._unmapped:
+        while queue:
+            victim = queue.popleft()
+            self._evicting -= 1
+            if self.state[victim.hvp] == HPT_EVICT:
+                self._evicted(victim.hvp)
+
+
+def asks_nobody_again(_: SwapMachine, __: ev.LookAtRequests) -> None:
+    return
+
+
+def twice_done(self: RequestQueue, requests: Any, _settled: int, now_ns: int) -> Any:
+    """A request that was answered is done again when it comes again."""
+    self._answered.clear()
+    self._settled = 0
+    return ACCEPT(self, requests, 0, now_ns)
+
+
+ACCEPT = RequestQueue.accept
+
+
+def unfenced(self: Daemons, d: int, one: Any) -> None:
+    """The successor comes before what the dead daemon has begun can no longer land."""
+    epoch = one.epoch
+    DIE(self, d, one)
+    self._to_host(ev.DaemonLost(d, epoch))
+    self._to_host(ev.DaemonFenced(d, epoch))
+    self._hello(d, epoch + 1)
+
+
+def fenced_again(_self: Daemons, _d: int, _epoch: int) -> None:
+    return
+
+
+DIE = Daemons._die
+
+
+def test_a_waker_that_looks_before_it_appends() -> None:
+    assert hunt(method(AsyncPf, "completed", said_before_appended), "mainline")
+
+
+def test_a_ready_that_nobody_waits_for() -> None:
+    changed = replace(PROFILES["v7"], ready_needs_announced=False)
+    assert hunt(lambda patching: patching.setitem(PROFILES, "v7", changed), "v7")[0].startswith("I22")
+
+
+def test_a_token_word_that_is_overwritten() -> None:
+    assert hunt(method(X86, "can_dequeue", always_free), "mainline")[0].startswith("I24")
+
+
+def test_frames_that_are_used_before_everybody_has_flushed() -> None:
+    """Two vCPUs that store all the time, frames that are wanted again at once."""
+    tasks = tuple(TaskPlan("stamp", cpu, 60, 300, 90) for cpu in (0, 1))
+    vm = VmPlan(2, pages_needed(tasks) + 8, 100, False, False, tasks)
+    daemon = DaemonPlan(vm.memory_pages + 32, 0, 0)
+    assert hunt(
+        method(VmMachine, "_advance_grace", no_grace), vms=(vm,), daemons=(daemon,), frames=70, low=16, high=32, faults=(),
+        zero_pages=False, schedule="delays", link_us=0, calm_us=1_000_000,
+    )  # fmt: skip
+
+
+def test_lost_messages_that_are_not_sent_again() -> None:
+    lost = (FaultPlan("drop", 0, 3),)
+    assert hunt(method(SwapMachine, "_look_at_requests", asks_nobody_again), faults=lost)
+
+
+def test_requests_that_are_done_twice() -> None:
+    duplicates = tuple(FaultPlan("duplicate", 0, nth) for nth in range(1, 60))
+    assert hunt(method(RequestQueue, "accept", twice_done), faults=duplicates)
+
+
+def test_a_daemon_that_is_not_fenced() -> None:
+    def patch(patching: pytest.MonkeyPatch) -> None:
+        patching.setattr(Daemons, "_die", unfenced)
+        patching.setattr(Daemons, "_fenced", fenced_again)
+
+    kills = tuple(FaultPlan("kill", 0, nth) for nth in range(5, 200, 4))
+    assert hunt(patch, faults=kills, daemons=(DaemonPlan(1 << 12, 20, 200),))
+
+
+# -- faults --------------------------------------------------------------------------------------------------
+def small(*faults: FaultPlan, **changes: Any) -> SimPlan:
+    """One vCPU that needs more memory than there is."""
+    tasks = (TaskPlan("stamp", 0, 60, 200), TaskPlan("stamp", 0, 40, 200))
+    vm = VmPlan(1, pages_needed(tasks) + 8, 100, False, False, tasks)
+    plan = SimPlan(
+        seed=1, profile="mainline", mode="interrupt", frames=60, low=8, high=16, populate=1, zero_pages=False, schedule="delays",
+        changes=0, park_percent=0, link_us=5, calm_us=1_000_000, stop_us=0, vms=(vm,),
+        daemons=(DaemonPlan(vm.memory_pages + 32, 10, 60),), faults=faults,
+    )  # fmt: skip
+    return replace(plan, **changes)
+
+
+def events_of(plan: SimPlan) -> tuple[Emulator, Counter[Kind]]:
+    emulator = Emulator(plan)
+    emulator.run()
+    assert judge(emulator) == []
+    return emulator, Counter(Kind(int(kind)) for kind in emulator.log.events()["kind"])
+
+
+def test_killed_daemons_come_back_and_nothing_is_lost() -> None:
+    emulator, kinds = events_of(small(*(FaultPlan("kill", 0, nth) for nth in (3, 20, 40))))
+    assert emulator.faults.fired == {"kill": 3}
+    assert emulator.daemons.deaths == kinds[Kind.DAEMON_DOWN] == kinds[Kind.FENCED] == 3
+    assert kinds[Kind.DAEMON_UP] == 4
+    assert emulator.log.counts[HostCounter.RESENT], "what was under way is asked for again"
+
+
+@pytest.mark.parametrize(
+    ("kind", "counter"),
+    [
+        ("read_error", HostCounter.IO_RETRIES), ("write_error", HostCounter.IO_RETRIES), ("short_read", HostCounter.IO_RETRIES),
+        ("bit_flip", HostCounter.CHECKSUM_ERRORS), ("drop", HostCounter.RESENT),
+    ],
+)  # fmt: skip
+def test_a_fault_of_the_device_or_the_link_is_made_good(kind: str, counter: HostCounter) -> None:
+    emulator, _ = events_of(small(FaultPlan(kind, 0, 5)))
+    assert emulator.faults.fired == {kind: 1}
+    assert emulator.log.counts[counter]
+
+
+def test_a_block_that_cannot_be_read_costs_one_task() -> None:
+    emulator, kinds = events_of(small(FaultPlan("bad_block", 0, 5)))
+    assert emulator.faults.fired == {"bad_block": 1}
+    assert kinds[Kind.TASK_KILLED] == kinds[Kind.G_MACHINE_CHECK] == 1
+    assert kinds[Kind.TASK_DONE] == 1, "the other task goes on"
+
+
+def test_what_never_happened_is_said() -> None:
+    outcome = run_plan(small(FaultPlan("kill", 0, 100_000), FaultPlan("stall", 0, 2, 100)))
+    assert outcome.passed
+    assert (dict(outcome.fired), dict(outcome.unfired)) == ({"stall": 1}, {"kill": 1})
+
+
+def test_a_stop_ends_tasks_that_have_no_end() -> None:
+    plan = small(stop_us=500)
+    endless = replace(plan.vms[0], tasks=tuple(replace(task, ops=0) for task in plan.vms[0].tasks))
+    _, kinds = events_of(replace(plan, vms=(endless,)))
+    assert kinds[Kind.STOP] == 2, "the host says it, and the CPU sees it"
+    assert kinds[Kind.TASK_DONE] == 2
+
+
+def test_a_machine_that_dies_is_a_failure_with_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: VmMachine) -> None:
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(VmMachine, "settle", broken)
+    (failure,) = run_plan(small()).failures
+    assert "broken" in failure
+    assert "test_emulator.py" in failure

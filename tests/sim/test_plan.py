@@ -1,0 +1,107 @@
+"""Plans: what a seed draws, files that are read back, and files that are refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from launcher.options import SIM_FAULTS
+from proto.errors import UserError
+from proto.topology import load as load_topology
+from sim.draw import draw
+from sim.from_topology import plan_of
+from sim.plan import FAULTS, MODES_OF, SimPlan, load, parse, to_toml
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_every_drawn_plan_can_be_written_and_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "plan.toml"
+    for seed in range(200):
+        plan = draw(seed)
+        path.write_text(to_toml(plan))
+        assert load(path) == plan
+
+
+def test_what_is_fixed_is_not_drawn() -> None:
+    assert {draw(seed, "v7").profile for seed in range(30)} == {"v7"}
+    assert {fault.kind for seed in range(60) for fault in draw(seed, None, ("kill",)).faults} == {"kill"}
+    assert all(draw(seed, None, ()).faults == () for seed in range(20))
+
+
+def test_the_words_of_the_command_line_are_those_of_plans() -> None:
+    assert SIM_FAULTS == FAULTS
+
+
+def changed(plan: SimPlan, old: str, new: str) -> str:
+    text = to_toml(plan)
+    assert old in text
+    return text.replace(old, new, 1)
+
+
+PLAN = replace(draw(3), profile="mainline", mode="interrupt")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key"),
+    [
+        ('mode = "interrupt"', 'mode = "exception"', "mode"),
+        ('profile = "mainline"', 'profile = "v38"', "profile"),
+        ("seed = 3", "seed = -1", "seed"),
+        ("seed = 3", "seed = 3\nspeed = 1", "speed"),
+        ("park_percent = ", "park_percent = 1", "park_percent"),
+        ("vcpus = ", "vcpus = 0", "vcpus"),
+        ("ops = ", "ops = 0 #", "stop_us"),
+        ("memory_pages = ", "memory_pages = 10 #", "memory_pages"),
+        ("slots = ", "slots = 10 #", "daemon"),
+        ('workload = "', 'workload = "x', "workload"),
+    ],
+)
+def test_what_is_refused(tmp_path: Path, old: str, new: str, key: str) -> None:
+    path = tmp_path / "plan.toml"
+    text = changed(PLAN, old, new)
+    if old == "park_percent = ":
+        text = changed(PLAN, f"park_percent = {PLAN.park_percent}", "park_percent = 91")
+    path.write_text(text)
+    with pytest.raises(UserError, match=key) as caught:
+        load(path)
+    assert "allowed" in str(caught.value)
+
+
+@pytest.mark.parametrize("raw", [b"\xff", b"a = ", b"x" * (1 << 20) + b"xx"])
+def test_what_is_no_plan(tmp_path: Path, raw: bytes) -> None:
+    path = tmp_path / "plan.toml"
+    path.write_bytes(raw)
+    with pytest.raises(UserError):
+        load(path)
+    with pytest.raises(UserError, match="cannot be read"):
+        load(tmp_path / "missing.toml")
+
+
+def test_modes_and_profiles_go_together() -> None:
+    with pytest.raises(UserError, match="mode"):
+        parse({"profile": "v3", "mode": "interrupt", "vm": [], "daemon": []}, "here")
+    assert all("sync" in modes for modes in MODES_OF.values())
+
+
+def test_a_topology_gives_its_machine() -> None:
+    topology = load_topology(ROOT / "topologies" / "quickstart.toml", ())
+    plan = plan_of(topology, 5, FAULTS)
+    assert (len(plan.cpus), plan.frames, plan.stop_us) == (4, 64 * 256, 5_000_000)
+    assert [task.workload for task in plan.vms[0].tasks] == ["bm", "stamp"]
+    assert plan.vms[0].tasks[0].threads == 9
+    assert parse_back(plan) == plan
+
+
+def parse_back(plan: SimPlan) -> SimPlan:
+    import tomllib
+
+    return parse(tomllib.loads(to_toml(plan)), "written")
+
+
+def test_traces_have_no_place_in_virtual_time() -> None:
+    topology = load_topology(ROOT / "topologies" / "replay.toml", ())
+    with pytest.raises(UserError, match="replay"):
+        plan_of(topology, 1, ())
