@@ -18,8 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from launcher.sim_verdict import run_plan
 from sim.draw import draw
-from sim.verdict import run_plan
 
 
 def main() -> int:

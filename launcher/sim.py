@@ -25,6 +25,7 @@ from typing import Any, Final
 import numpy as np
 
 from launcher.commands import find_topology
+from launcher.sim_verdict import SimOutcome, run_plan
 from proto.errors import UserError
 from proto.events import EVENT
 from proto.topology import load as load_topology
@@ -34,7 +35,6 @@ from sim.draw import draw
 from sim.from_topology import plan_of
 from sim.plan import FAULTS, SimPlan
 from sim.shrink import shrink
-from sim.verdict import SimOutcome, run_plan
 
 OK, FAILED = 0, 1
 SHOWN_MAX: Final = 5

@@ -24,6 +24,7 @@ WORKLOADS_DRAWN: Final = (
 SERVICE_US: Final = ((0, 0), (1, 3), (5, 20), (10, 100), (50, 150), (100, 2_000))
 PARK_PERCENT: Final = (0, 0, 5, 20, 50)
 LINK_US: Final = (0, 1, 5, 40)
+NTH: Final = (1, 2, 3, 5, 8, 20, 60)
 CALM_US: Final = (2_000, 10_000, 40_000)
 OP_NS: Final = 100
 SPARE_SLOTS: Final = 32
@@ -78,7 +79,7 @@ def _task(rng: random.Random, vcpus: int) -> TaskPlan:
         workload=rng.choice(WORKLOADS_DRAWN),
         vcpu=rng.randrange(vcpus),
         pages=rng.randint(8, 48),
-        ops=rng.randint(15, 90),
+        ops=rng.randint(10, 60),
         write_percent=rng.choice((0, 10, 50, 100)),
     )
 
@@ -100,6 +101,6 @@ def _fault(rng: random.Random, daemons: int, kind: str) -> FaultPlan:
     return FaultPlan(
         kind,
         rng.randrange(daemons),
-        rng.choice((1, 2, 3, 5, 8, 13, 30, 80)),
+        rng.choice(NTH),
         rng.choice((50, 500, 5_000)) if lasts else 0,
     )

@@ -1,6 +1,6 @@
 """The whole emulator in one process and in virtual time: host, guests and swap daemons as the machines of a real run.
 
-A plan (sim/plan.py) goes in, an event log comes out, and what the oracles of sim/verdict.py need. What is a message, a wait or a device
+A plan (sim/plan.py) goes in; out come an event log and what launcher/sim_verdict.py wants to know. What is a message, a wait or a device
 in a real run is a delay here, drawn from the plan's seed; the paths of the host's and of the guests' CPUs may rest at every named step.
 
 Two phases. Safety: anything of the plan may go wrong. From `calm_us` on nothing does: daemons come back, nothing rests; then everything
@@ -90,6 +90,8 @@ class Emulator:
             plan, memory, self.agenda, self.chance, self.faults, list(range(first, first + daemons)),
             list(range(first + daemons, first + 2 * daemons)), self._from_daemon,
         )  # fmt: skip
+        self.stuck = False
+        """Nothing can happen any more, and the guests are not at their end."""
         self.failures: list[str] = []
         """What stopped the run."""
         self._serial = 0
@@ -147,6 +149,7 @@ class Emulator:
         except Exception as error:  # noqa: BLE001 - whatever a machine dies of is what this plan has found
             self.failures.append(_story(error))
         if not self.failures and not self.host.off:
+            self.stuck = True
             running = [str(cpu) for cpu, one in enumerate(self.host.vcpus) if one.where is not Where.OFF]
             self.failures.append(
                 f"nothing can happen any more, and vCPUs {', '.join(running)} have not powered down"

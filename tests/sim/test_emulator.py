@@ -20,6 +20,7 @@ from host.kernels import HPT_EVICT
 from host.swap import SwapMachine
 from host.vm import VmMachine
 from host.x86 import X86
+from launcher.sim_verdict import judge, run_plan
 from proto.events import Kind
 from proto.machine import Path as Steps
 from proto.profile import PROFILES
@@ -28,7 +29,6 @@ from sim.daemons import Daemons
 from sim.draw import draw
 from sim.emulator import Emulator
 from sim.plan import FAULTS, DaemonPlan, FaultPlan, SimPlan, TaskPlan, VmPlan, pages_needed
-from sim.verdict import judge, run_plan
 from swapd.machine import RequestQueue
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -199,14 +199,15 @@ def test_a_token_word_that_is_overwritten() -> None:
 
 
 def test_frames_that_are_used_before_everybody_has_flushed() -> None:
-    """Two vCPUs that store all the time, frames that are wanted again at once."""
-    tasks = tuple(TaskPlan("stamp", cpu, 60, 300, 90) for cpu in (0, 1))
+    """Two vCPUs that store all the time, nearly everything in memory, so that stays in guest mode are long."""
+    tasks = tuple(TaskPlan("stamp", cpu, 60, 1500, 90) for cpu in (0, 1))
     vm = VmPlan(2, pages_needed(tasks) + 8, 100, False, False, tasks)
     daemon = DaemonPlan(vm.memory_pages + 32, 0, 0)
-    assert hunt(
-        method(VmMachine, "_advance_grace", no_grace), vms=(vm,), daemons=(daemon,), frames=70, low=16, high=32, faults=(),
-        zero_pages=False, schedule="delays", link_us=0, calm_us=1_000_000,
+    found = hunt(
+        method(VmMachine, "_advance_grace", no_grace), vms=(vm,), daemons=(daemon,), frames=120, low=8, high=24, faults=(),
+        zero_pages=False, schedule="delays", link_us=0, calm_us=1_000_000, park_percent=0,
     )  # fmt: skip
+    assert "reads did not see what was written there" in " ".join(found)
 
 
 def test_lost_messages_that_are_not_sent_again() -> None:

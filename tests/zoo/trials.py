@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from launcher.sim_verdict import run_plan
 from sim.draw import draw
 from sim.scenario_file import Scenario, load, parse
 from sim.scenario_run import run
-from sim.verdict import run_plan
 from tests.zoo.core import Trial, is_invariant
 from tests.zoo.judge import judge
 
