@@ -247,6 +247,7 @@ class VcpuShell:
 
     # ---- guest mode -----------------------------------------------------------------------------------------------------------
     def _run_task(self, request: RunTask) -> Ran:
+        self.trace.tick()
         if self._pause_for_pace():
             return Ran(request.ask, RUN_KICK, 0)
         self._get_token()
@@ -390,6 +391,7 @@ class VcpuShell:
             try:
                 raw = self.socket.recv()
             except zmq.Again:
+                self.trace.tick()
                 self._check_abort()
                 if deadline_ns is not None and time.monotonic_ns() > deadline_ns:
                     raise TimeoutError(f"vCPU {self.cpu}: no {expected} from the host in time") from None

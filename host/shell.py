@@ -227,6 +227,7 @@ class HostShell:
             self.obs.gauge(HostCounter.FRAMES_FREE, self.vm.free_count)
             self.obs.gauge(HostCounter.SLOTS_USED, self.swap.slots_used)
             self.obs.gauge(HostCounter.OUTSTANDING, self.swap.outstanding)
+            self.writer.tick()
         if now >= self.next_ping_ns:
             self.next_ping_ns = now + PING_EVERY_NS
             self._heartbeat(now)

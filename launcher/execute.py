@@ -19,11 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-
 from launcher import resources, rundir, runfile
 from launcher.chaos import ChaosPlan
 from launcher.lifecycle import Bounds
+from launcher.online import RunCheck
 from launcher.progress import Progress
 from launcher.resources import Resources
 from launcher.rundir import RunDir
@@ -33,7 +32,7 @@ from launcher.supervisor import ZYGOTE_STOP_S, Outcome, Supervisor
 from launcher.watch import Watch
 from launcher.zygote_link import Zygote
 from proto.topology import Topology
-from proto.trace import DROPPED_WORD
+from proto.trace import FOLDER
 from report import summary as summaries
 
 ROLES: Final[Mapping[str, str]] = {
@@ -43,7 +42,7 @@ ROLES: Final[Mapping[str, str]] = {
 }
 """Where the zygote finds the main function of each role."""
 TRACE_BYTES: Final = 32 << 20
-"""Event file of one process at most; what does not fit is counted."""
+"""Ring of events of one process: what it records while the check of the run is behind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +53,7 @@ class RunOptions:
     chaos: ChaosPlan | None = None
     roles: Mapping[str, str] = field(default_factory=lambda: ROLES)
     bounds: Bounds = field(default_factory=Bounds)
+    trace_bytes: int = TRACE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ def execute(topology: Topology, options: RunOptions, signals: Signals, progress:
     traces = resources.check_traces(topology)
     needs_disk = any(not daemon.directory and not daemon.allow_tmpfs for daemon in topology.swapd)
     run_dir = rundir.create(options.out, on_disk=needs_disk)
-    zygote = made = supervisor = None
+    zygote = made = supervisor = check = None
     refused = True
     try:
         # It imports and compiles while the memory is being prepared.
@@ -94,12 +94,18 @@ def execute(topology: Topology, options: RunOptions, signals: Signals, progress:
             bounds=options.bounds,
         )
         zygote.send_setup(_config(topology, made, run_dir, record["run_id"], options), _descriptors(made))
+        check = RunCheck(run_dir.path / FOLDER, topology)
+        check.start()
         try:
             supervisor.run()
         finally:
             supervisor.tear_down()
-        return _write_down(topology, made, run_dir, record, supervisor.outcome, options.chaos)
+        progress.phase("checking")
+        checked = check.verdict(str(run_dir.path), supervisor.outcome.ended)
+        return _write_down(topology, made, run_dir, record, supervisor.outcome, options.chaos, checked)
     finally:
+        if check is not None:
+            check.close()
         if zygote is not None:
             if supervisor is None:
                 zygote.stop(ZYGOTE_STOP_S)
@@ -131,7 +137,7 @@ def _config(
         "segments": [[name, segment.size_bytes] for name, segment in made.segments.items()],
         "swap_files": [[file.slots, file.direct, file.filesystem, file.engine] for file in made.swap_files],
         "traces": [[trace.path, trace.pages, trace.accesses] for trace in made.traces],
-        "trace_bytes": TRACE_BYTES,
+        "trace_bytes": options.trace_bytes,
         "roles": dict(options.roles),
     }
 
@@ -159,9 +165,10 @@ def _write_down(
     record: dict[str, Any],
     outcome: Outcome,
     chaos: ChaosPlan | None,
+    checked: dict[str, Any],
 ) -> RunResult:
     """Everything has ended: summary.json and the second version of run.json."""
-    warnings = [*made.warnings, *_event_warnings(run_dir)]
+    warnings = list(made.warnings)
     if outcome.bad_messages:
         warnings.append(f"the launcher dropped {outcome.bad_messages} messages that break the contract")
     warnings += outcome.details if outcome.orderly else []
@@ -176,6 +183,7 @@ def _write_down(
         memory=outcome.memory,
         chaos=_chaos_facts(chaos, outcome),
         outage=outcome.outage.summary(),
+        check=checked,
         warnings=warnings,
     )
     summary = summaries.build(
@@ -202,13 +210,3 @@ def _chaos_facts(chaos: ChaosPlan | None, outcome: Outcome) -> dict[str, Any] | 
     if chaos is None:
         return None
     return {"kills": outcome.kills, "every_ms": chaos.every_ns / 1e6, "for_s": chaos.for_ns / 1e9}
-
-
-def _event_warnings(run_dir: RunDir) -> list[str]:
-    """Which processes had more events than their file takes."""
-    warnings = []
-    for path in sorted((run_dir.path / "events").glob("*.bin")):
-        header = np.fromfile(path, "<u8", DROPPED_WORD + 1)
-        if len(header) > DROPPED_WORD and (dropped := int(header[DROPPED_WORD])):
-            warnings.append(f"{dropped} events of {path.stem} were not recorded: its file was full")
-    return warnings

@@ -22,7 +22,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 VARIABLE = "NUMBA_CACHE_DIR"
-SOURCE_FOLDERS = ("proto", "host", "guest", "swapd", "sim")
+SOURCE_FOLDERS = ("proto", "host", "guest", "swapd", "sim", "report")
 # Settings that change the machine code but not Numba's key.
 COMPILER_SETTINGS = ("NUMBA_BOUNDSCHECK", "NUMBA_OPT", "NUMBA_DEBUGINFO", "NUMBA_DEVELOPER_MODE")
 KEEP_NEWEST = 2
@@ -139,5 +139,14 @@ def _remove_stale(parent: Path, *, keep: Path, now_s: float) -> None:
 
 def is_filled() -> bool:
     """Whether compiled kernels of these sources are there; a guess for progress messages."""
+    return _has("vcpu_run")
+
+
+def has_checker() -> bool:
+    """Whether the rules of the checker are there: the one that is compiled last (report/check/warm.py) is."""
+    return _has("check_end")
+
+
+def _has(kernel: str) -> bool:
     folder = os.environ.get(VARIABLE)
-    return folder is not None and any(Path(folder).rglob("*vcpu_run*.nbi"))
+    return folder is not None and any(Path(folder).rglob(f"*.{kernel}-*.nbi"))

@@ -37,6 +37,7 @@ from typing import Any, Final, NoReturn
 import msgpack
 import setproctitle
 
+from launcher import kernel_cache
 from launcher.zygote_link import (
     END,
     EXIT_BUG,
@@ -167,12 +168,16 @@ class _Zygote:
         begin_s = time.monotonic()
         config, fds = self._receive_setup()
         self._context = make_context(config, fds)
+        compiler = 0 if kernel_cache.has_checker() else self._compile_checker()
         for role, where in config["roles"].items():
             module_name, _, function = where.partition(":")
             module = importlib.import_module(module_name)
             self._mains[role] = getattr(module, function)
             if (warm := getattr(module, "warm", None)) is not None:
                 warm()
+        if compiler:
+            # What went wrong in it will go wrong in the launcher, too, which can tell.
+            os.waitpid(compiler, 0)
         setproctitle.setproctitle("asyncpf:zygote-0")
         # Frozen objects are never looked at by a collection in a child, so their pages stay shared.
         gc.collect()
@@ -247,6 +252,24 @@ class _Zygote:
         except (BrokenPipeError, ConnectionResetError):
             self._orphaned()
 
+    def _compile_checker(self) -> int:
+        """Have another process compile the rules of the checker meanwhile; they are of no use in this one. Returns its pid."""
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGCHLD, LAUNCHER_DIED})
+        pid = os.fork()
+        if pid == 0:
+            code = EXIT_BUG
+            try:
+                _leave_signals_of_the_zygote(blocked)
+                setproctitle.setproctitle("asyncpf:compiler-0")
+                importlib.import_module("report.check.warm").warm_check()
+                code = 0
+            except BaseException:  # noqa: BLE001 - the log tells
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        return pid
+
     # -- forking ----------------------------------------------------------------------------------------------------------
     def _fork(self, child: Child) -> int:
         # The child must not run this process's handlers; a signal that comes meanwhile waits.
@@ -263,12 +286,7 @@ class _Zygote:
         """In the child: never returns to the zygote's stack, whatever happens."""
         code = EXIT_BUG
         try:
-            die_with_parent(signal.SIGKILL)
-            signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            signal.signal(LAUNCHER_DIED, signal.SIG_DFL)
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            _leave_signals_of_the_zygote(mask)
             if os.getppid() != zygote_pid:
                 os._exit(EXIT_ORPHANED)
             assert self._context is not None
@@ -290,6 +308,16 @@ class _Zygote:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
+
+
+def _leave_signals_of_the_zygote(mask: set[int | signal.Signals]) -> None:
+    """In a child: it dies with the zygote and runs none of its handlers. mask: signals blocked from now on."""
+    die_with_parent(signal.SIGKILL)
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(LAUNCHER_DIED, signal.SIG_DFL)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _own_log(run_dir: Path, name: str) -> None:

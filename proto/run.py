@@ -8,7 +8,7 @@ from pathlib import Path
 
 from proto.segments import Segment
 from proto.topology import Topology
-from proto.trace import TraceWriter
+from proto.trace_writer import TraceWriter
 
 PROC_HOST = 0
 """`proc` numbers in trace events: host, then 1 + cpu, then SWAPD_PROC + daemon, then the launcher."""

@@ -1,41 +1,44 @@
-"""Event files: what every process of a run did, in 64-byte records that survive the process.
+"""Event files, the reader's side: one file, all files of a run, events as plain values. The format is in proto/trace_writer.py.
 
-A file is one header page, then records of `EVENT`. It is written through a shared mapping, so what a process
-recorded before it was killed is in the file. The count word in the header is raised after the record is
-complete: a record below the count is whole.
+A reader takes the longest run of records without a gap and says where it was cut. Of a ring that was written more than once it takes
+the last records, from the oldest that cannot have been overwritten half.
 
-Order across processes is by Lamport counter, never by clock: a process records an event *before* it publishes
-what happened (a message, a shared word; it sends `TraceWriter.lamport` along) and calls `observe` with the
-received counter *before* it records what it saw. Sorting by (lamport, proc, seq) then never puts an effect
-before its cause.
-
-Invariants of a file: records are numbered from 0 without gaps, counters rise strictly, one `proc`. A reader
-takes the longest prefix for which that holds and says where it was cut.
-
-Not handled here: recycling (a full file stops recording and counts what it drops), what the fields mean for a
-rule (report/), JSON on disk.
+Not handled here: files of a run under way (proto/trace_live.py), what the fields mean for a rule (report/), JSON on disk.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
-import struct
-import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Self
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
 from proto.errors import UserError
 from proto.events import EVENT, FIELDS, Events, Kind, event_id
-from proto.units import PAGE_SIZE
+from proto.trace_writer import (
+    CLOSED_WORD,
+    COUNT_WORD,
+    DROPPED_WORD,
+    EVENT_BYTES,
+    FIXED,
+    FOLDER,
+    HEADER_BYTES,
+    MAGIC,
+    RING_WORD,
+    SUFFIX,
+    VERSION,
+    TraceWriter,
+)
 
 __all__ = [
     "EVENT",
     "FIELDS",
+    "FOLDER",
+    "HEADER_BYTES",
+    "SUFFIX",
+    "VERSION",
     "Events",
     "Kind",
     "RunEvents",
@@ -49,192 +52,7 @@ __all__ = [
     "read_run",
 ]
 
-MAGIC: Final = b"\x89APFEV\r\n"
-"""The first byte is not ASCII and a transfer in text mode changes the last two."""
-VERSION: Final = 1
-SUFFIX: Final = ".bin"
-FOLDER: Final = "events"
-
-RECORD: Final = struct.Struct("<QQIHHHHIQQQQ")
-EVENT_BYTES: Final = 64
-assert RECORD.size == EVENT.itemsize == EVENT_BYTES
-
-HEADER_BYTES: Final = PAGE_SIZE
-FIXED: Final = struct.Struct("<8sIIIHHQQ64s")
-"""magic, version, header bytes, record bytes, proc, 0, start (monotonic ns), start (wall clock ns), process
-name.
-"""
-COUNT_WORD: Final = 64
-"""Words (u64) of the header: complete records, dropped records, 1 = closed in order."""
-DROPPED_WORD: Final = 65
-CLOSED_WORD: Final = 66
-NAME_BYTES: Final = 64
-GROW_BYTES: Final = 1 << 18
-"""Disk blocks are allocated in steps of this size: writing to a hole of a full disk would kill the process
-with SIGBUS.
-"""
-
-
-class TraceWriter:
-    """Writes the event file of one process; to be created after fork, by the process that writes.
-
-    `lamport` is the counter of the last event; send it with whatever is published. `dropped` counts events
-    that found no room.
-    """
-
-    __slots__ = (
-        "_allocated",
-        "_capacity",
-        "_closed",
-        "_count",
-        "_fd",
-        "_map",
-        "_words",
-        "dropped",
-        "lamport",
-        "path",
-        "proc",
-    )
-
-    def __init__(self, path: Path, proc: int, capacity_bytes: int = 32 << 20) -> None:
-        """Create ``path`` (must not exist), sparse, for at most ``capacity_bytes`` of records.
-
-        The process name in the header is the file's stem. UserError when the file cannot be created.
-        """
-        self.path = path
-        self.proc = proc
-        self.lamport = 0
-        self.dropped = 0
-        self._count = 0
-        self._closed = False
-        self._capacity = HEADER_BYTES + capacity_bytes // EVENT_BYTES * EVENT_BYTES
-        self._allocated = 0
-        name = path.stem.encode()[:NAME_BYTES]
-        clocks = time.monotonic_ns(), time.time_ns()
-        header = FIXED.pack(MAGIC, VERSION, HEADER_BYTES, EVENT_BYTES, proc, 0, *clocks, name)
-        try:
-            self._fd, self._map = _create_file(path, header, self._capacity)
-        except OSError as error:
-            raise UserError(
-                "the event file cannot be created",
-                where=str(path),
-                found=error.strerror,
-                allowed="a new file",
-            ) from error
-        self._words = memoryview(self._map)[:HEADER_BYTES].cast("Q")
-        if not self._grow(HEADER_BYTES):
-            self.close()
-            raise UserError("no space left for the event file", where=str(path))
-
-    def __enter__(self) -> Self:
-        """The writer itself; leaving the block closes it."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Close."""
-        self.close()
-
-    @property
-    def count(self) -> int:
-        """Events recorded."""
-        return self._count
-
-    def event(
-        self,
-        kind: int,
-        vcpu: int = 0,
-        vm: int = 0,
-        token: int = 0,
-        a: int = 0,
-        b: int = 0,
-        c: int = 0,
-        cause: int = 0,
-    ) -> int:
-        """Record an event now; returns its Lamport counter, also when there was no room for the record.
-
-        ``vcpu``, ``vm`` < 2**16, ``token`` < 2**32, the rest < 2**64; struct.error otherwise.
-        """
-        self.lamport = lamport = self.lamport + 1
-        count = self._count
-        offset = HEADER_BYTES + count * EVENT_BYTES
-        if offset + EVENT_BYTES > self._allocated and not self._grow(offset + EVENT_BYTES):
-            self.dropped += 1
-            self._words[DROPPED_WORD] = self.dropped
-            return lamport
-        RECORD.pack_into(
-            self._map,
-            offset,
-            lamport,
-            time.monotonic_ns(),
-            count,
-            kind,
-            self.proc,
-            vcpu,
-            vm,
-            token,
-            a,
-            b,
-            cause,
-            c,
-        )
-        # After the record: a process killed in between leaves no half record below the count.
-        self._count = self._words[COUNT_WORD] = count + 1
-        return lamport
-
-    def observe(self, lamport: int) -> None:
-        """Take note of a counter that came with a message or beside a shared word: later events are ordered
-        after it.
-        """
-        self.lamport = max(self.lamport, lamport)
-
-    def close(self) -> None:
-        """Cut the file to what was written and let it go; safe to call twice."""
-        if self._closed:
-            return
-        self._closed = True
-        self._words[CLOSED_WORD] = 1
-        self._words.release()
-        self._map.close()
-        # If the disk refuses even this, the file is still valid, only longer.
-        with suppress(OSError):
-            os.ftruncate(self._fd, HEADER_BYTES + self._count * EVENT_BYTES)
-        os.close(self._fd)
-
-    def _grow(self, needed: int) -> bool:
-        """Make sure that disk blocks exist up to ``needed``; False when the file is full or the disk is.
-
-        After the first refusal nothing is tried again: a record after a gap would not be worth a system call
-        per event.
-        """
-        if needed > self._capacity:
-            return False
-        size = min(GROW_BYTES, self._capacity - self._allocated)
-        try:
-            os.posix_fallocate(self._fd, self._allocated, size)
-        except OSError:
-            self._capacity = self._allocated
-            return False
-        # What was written is in the page cache: this process need not keep it mapped (it would count as its private memory).
-        done = needed // mmap.PAGESIZE * mmap.PAGESIZE
-        if done > HEADER_BYTES:
-            start = max(HEADER_BYTES, done - GROW_BYTES - mmap.PAGESIZE)
-            start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
-            self._map.madvise(mmap.MADV_DONTNEED, start, done - start)
-        self._allocated += size
-        return True
-
-
-def _create_file(path: Path, header: bytes, size: int) -> tuple[int, mmap.mmap]:
-    """A new sparse file with that header, open and mapped."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-    try:
-        # The header first: whenever the process is killed, the file is short or has one.
-        os.write(fd, header)
-        os.ftruncate(fd, size)
-        return fd, mmap.mmap(fd, size)
-    except OSError:
-        os.close(fd)
-        raise
+SEQ_MASK: Final = 0xFFFF_FFFF
 
 
 class TraceFile(NamedTuple):
@@ -243,6 +61,8 @@ class TraceFile(NamedTuple):
     path: Path
     name: str
     proc: int
+    begin: int
+    """Number of its first event: those before were overwritten."""
     events: Events
     dropped: int
     closed: bool
@@ -268,31 +88,45 @@ def read_file(path: Path) -> TraceFile:
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         header = file.read(HEADER_BYTES)
-        _check_header(path, header)
+        check_header(path, header)
         if len(header) < HEADER_BYTES:
             note = f"{path.name}: cut at byte {size}, inside the header: no events"
-            return TraceFile(path, path.stem, 0, np.empty(0, EVENT), 0, False, 0, 0, note)
+            return TraceFile(path, path.stem, 0, 0, np.empty(0, EVENT), 0, False, 0, 0, note)
         _, _, _, _, proc, _, start_ns, wall_ns, name = FIXED.unpack_from(header)
         words = np.frombuffer(header, "<u8")
-        count, dropped, closed = (int(words[w]) for w in (COUNT_WORD, DROPPED_WORD, CLOSED_WORD))
+        count, dropped, closed, ring = (
+            int(words[w]) for w in (COUNT_WORD, DROPPED_WORD, CLOSED_WORD, RING_WORD)
+        )
         # By the file's size as it was: a live writer's file only grows below its count.
-        present = min(count, (size - HEADER_BYTES) // EVENT_BYTES)
-        events = np.frombuffer(file.read(present * EVENT_BYTES), EVENT)
-    whole = _whole_prefix(events, proc)
+        extent = _extent(count, ring, closed != 0, (size - HEADER_BYTES) // EVENT_BYTES)
+        parts = []
+        for first, last in extent.places:
+            file.seek(HEADER_BYTES + first * EVENT_BYTES)
+            parts.append(np.frombuffer(file.read((last - first) * EVENT_BYTES), EVENT))
+        lost = 0
+        if extent.begin and not closed:
+            # Its writer went on meanwhile, over the oldest records.
+            file.seek(8 * COUNT_WORD)
+            lost = max(0, int.from_bytes(file.read(8), "little") + 1 - ring - extent.begin)
+    events = np.concatenate(parts)[lost:]
+    begin = extent.begin + lost
+    whole = whole_prefix(events, proc, begin)
     notes = []
-    if present < count:
-        notes.append(f"cut at byte {size}: {present} of {count} events")
-    if whole < present:
-        notes.append(f"damaged at byte {HEADER_BYTES + whole * EVENT_BYTES}: {whole} of {count} events")
+    if begin + len(events) < count:
+        notes.append(f"cut at byte {size}: {len(events)} of {count} events")
+    if whole < len(events):
+        place = (begin + whole) % max(1, ring)
+        notes.append(f"damaged at byte {HEADER_BYTES + place * EVENT_BYTES}: {whole} of {count} events")
     if dropped:
         notes.append(f"full: {dropped} later events were not recorded")
     events = events[:whole]
-    _refuse_unknown_kinds(path, events)
+    refuse_unknown_kinds(path, events)
     note = f"{path.name}: {'; '.join(notes)}" if notes else ""
     return TraceFile(
         path,
         name.rstrip(b"\0").decode(errors="replace"),
         proc,
+        begin,
         events,
         dropped,
         closed != 0,
@@ -300,6 +134,27 @@ def read_file(path: Path) -> TraceFile:
         wall_ns,
         note,
     )
+
+
+class _Extent(NamedTuple):
+    """Which records of a file are to be read: number of the first, and their places in order, [first, last) each."""
+
+    begin: int
+    places: list[tuple[int, int]]
+
+
+def _extent(count: int, ring: int, closed: bool, present: int) -> _Extent:
+    """The last records without a gap. present: places that the file has."""
+    if not ring or count <= ring:
+        return _Extent(0, [(0, min(count, present))])
+    # The writer may have been killed inside the record after the last, whose place is that of the oldest.
+    oldest = count - ring + (0 if closed else 1)
+    # Places from 0 on hold the records from ``turn`` on, the places behind them what is left of the turn before.
+    turn = (count - 1) // ring * ring
+    newer = (max(0, oldest - turn), min(count - turn, present))
+    if present < ring or oldest >= turn:
+        return _Extent(turn + newer[0], [newer])
+    return _Extent(oldest, [(oldest % ring, ring), newer])
 
 
 def read_run(run_dir: Path) -> RunEvents:
@@ -340,7 +195,7 @@ def event_dicts(events: Events) -> Iterator[dict[str, Any]]:
         yield plain | dict(zip(FIELDS[kind], (values[key] for key in "abc"), strict=False))
 
 
-def _check_header(path: Path, header: bytes) -> None:
+def check_header(path: Path, header: bytes) -> None:
     """Refuse what is not an event file of this version, as far as the header is there."""
     if header[: len(MAGIC)] != MAGIC[: len(header)]:
         raise UserError(
@@ -358,16 +213,18 @@ def _check_header(path: Path, header: bytes) -> None:
         )
 
 
-def _whole_prefix(events: Events, proc: int) -> int:
-    """How many records from the start are as a writer leaves them."""
+def whole_prefix(events: Events, proc: int, begin: int = 0) -> int:
+    """How many records from the start are as a writer leaves them; ``begin``: number of the first."""
     lamport = events["lamport"]
-    good = (events["seq"] == np.arange(len(events), dtype=np.uint32)) & (events["proc"] == proc)
+    numbers = (np.arange(len(events), dtype=np.uint64) + np.uint64(begin)) & np.uint64(SEQ_MASK)
+    good = (events["seq"] == numbers) & (events["proc"] == proc)
     good[:1] &= lamport[:1] > 0
     good[1:] &= lamport[1:] > lamport[:-1]
     return int(np.argmin(good)) if not good.all() else len(events)
 
 
-def _refuse_unknown_kinds(path: Path, events: Events) -> None:
+def refuse_unknown_kinds(path: Path, events: Events) -> None:
+    """UserError for kinds that this version does not know."""
     unknown = np.setdiff1d(events["kind"], np.array(Kind, np.uint16))
     if len(unknown):
         raise UserError(

@@ -140,6 +140,8 @@ class RunFacts:
     memory: Mapping[str, float] | None = None
     chaos: Mapping[str, Any] | None = None
     outage: Mapping[str, Any] | None = None
+    check: Mapping[str, Any] | None = None
+    """As `report.check.verdict.Verdict.summary`, and how many of its events were checked while the run was under way."""
     warnings: Sequence[str] = field(default=())
 
 
@@ -197,6 +199,7 @@ def build(
         "pcpus": facts.pcpus,
         "chaos": dict(facts.chaos) if facts.chaos else None,
         "outage": dict(facts.outage) if facts.outage else None,
+        "check": dict(facts.check) if facts.check else None,
     }
     summary["warnings"] = [*facts.warnings, *_warnings(topology, summary)]
     return summary
@@ -216,6 +219,12 @@ def failures(summary: Mapping[str, Any], *, must_check_reads: bool = False) -> l
     if tasks["killed"]:
         reasons = ", ".join(f"{count} by {name}" for name, count in tasks["kill_reasons"].items() if count)
         found.append(f"{tasks['killed']} guest tasks were killed ({reasons})")
+    check = summary["check"]
+    if check is not None:
+        found += [
+            f"{name} is violated, {times} times: {'; '.join(check['examples'][name])}"
+            for name, times in check["violations"].items()
+        ]
     return found
 
 

@@ -5,8 +5,10 @@ Not handled here: what the figures mean (docs/summary.md), tables of several run
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+from report.check.state import INVARIANTS
 
 
 def render(summary: Mapping[str, Any]) -> str:
@@ -31,6 +33,7 @@ def render(summary: Mapping[str, Any]) -> str:
         rows.append(("daemons", f"{summary['restarts']} restarts"))
     if summary["outage"] and summary["outage"]["count"]:
         rows.append(("outages", _outage(summary["outage"])))
+    rows += [("check", line) for line in _check(summary["check"])]
     rows += [("warning", warning) for warning in summary["warnings"]]
     width = max(len(name) for name, _ in rows)
     return "".join(f"{name:<{width}}  {value}\n" for name, value in rows)
@@ -71,6 +74,21 @@ def _pace(pace: Mapping[str, Any]) -> str:
         return "not paced"
     share = f"the slowest vCPU executed {100 * pace['executed_ratio']:.1f} % of its time"
     return f"{'kept' if pace['kept'] else 'NOT KEPT'}, {share}, at most {pace['lag_max_ms']:.1f} ms behind"
+
+
+def _check(check: Mapping[str, Any] | None) -> Iterator[str]:
+    if check is None:
+        return
+    held = INVARIANTS - len(check["violations"]) - len(check["skipped"])
+    yield (
+        f"{check['events']:,} events ({check['online_events']:,} during the run): {held} invariants held, "
+        f"{len(check['violations'])} violated, {len(check['skipped'])} skipped"
+    )
+    for name, times in check["violations"].items():
+        what, *events = check["examples"][name]
+        yield f"VIOLATED {name} ({times}): {what}"
+        yield from (f"  {event}" for event in events)
+    yield from check["notes"]
 
 
 def _or_dash(value: float | None) -> str:

@@ -46,8 +46,7 @@ def check_source(source: Source, profile: str | None = None) -> Verdict:
         checker.feed(window)
     verdict = checker.finish(source.name, cut=source.cut)
     verdict.notes[:0] = source.notes
-    if checker.stopped and verdict.liveness:
-        verdict.notes.append("the run was stopped: faults that were under way then are not judged")
+    verdict.note_stop(stopped=checker.stopped)
     return verdict
 
 

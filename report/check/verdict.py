@@ -51,11 +51,20 @@ class Verdict:
         """Whether nothing is violated."""
         return not self.violated
 
+    def note_stop(self, *, stopped: bool) -> None:
+        """Say what a run that was stopped in its work is not held to."""
+        if stopped and self.liveness:
+            self.notes.append("the run was stopped: faults that were under way then are not judged")
+
     def summary(self) -> dict[str, Any]:
-        """The short form for summary.json: violations by number, numbers skipped."""
+        """The short form for summary.json: violations by number with the first events, numbers skipped."""
         return {
             "events": self.events,
+            "liveness": self.liveness,
             "violations": {f"I{one.number}": one.violations for one in self.violated},
+            "examples": {
+                f"I{one.number}": [one.text, *map(event_text, one.examples)] for one in self.violated
+            },
             "skipped": [f"I{one.number}" for one in self.findings if one.status == SKIPPED],
             "notes": self.notes,
         }
@@ -102,7 +111,7 @@ def _lines(verdict: Verdict) -> Iterator[str]:
     yield from (f"  note      {note}" for note in verdict.notes)
     for one in verdict.violated:
         yield f"  VIOLATED  I{one.number:<3} {one.text} ({one.violations} of {one.checks})"
-        yield from (f"              {_event(example)}" for example in one.examples)
+        yield from (f"              {event_text(example)}" for example in one.examples)
     for one in held:
         tested = f"{one.checks:,} checks" if one.checks else "never put to the test"
         yield f"  held      I{one.number:<3} {one.text} ({tested}{'; ' + one.note if one.note else ''})"
@@ -110,7 +119,8 @@ def _lines(verdict: Verdict) -> Iterator[str]:
         yield f"  skipped   I{one.number:<3} {one.text}: {one.reason}"
 
 
-def _event(example: dict[str, Any]) -> str:
+def event_text(example: dict[str, Any]) -> str:
+    """One breaking event in a line."""
     where = f"vm {example['vm']} vcpu {example['vcpu']}"
     token = f" token {example['token']:#x}" if example["token"] else ""
     since = f", since {example['since']}" if example["since"] else ""

@@ -101,6 +101,7 @@ def _args(**more: Any) -> argparse.Namespace:
         ({"ended": "failed:host-0 exit code 1"}, 1),
         ({"integrity": {"errors": 1}}, 1),
         ({"tasks": {"killed": 1}}, 1),
+        ({"check": {"violations": {"I9": 1}, "examples": {"I9": ["the rule"]}}}, 1),
     ],
 )
 def test_the_exit_code_of_a_run_is_its_verdict(

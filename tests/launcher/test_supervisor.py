@@ -87,7 +87,7 @@ def test_a_daemon_that_cannot_start_is_given_up() -> None:
 
 
 def test_daemons_that_hang_are_replaced_in_order(tmp_path: Path) -> None:
-    result = run_fake("hang", 0.5, options=with_roles(tmp_path / "run"))
+    result = run_fake("hang", 2.0, options=with_roles(tmp_path / "run"))
     assert result.summary["ended"] == "finished"
     assert result.summary["restarts"] == 2
     daemon = [

@@ -296,7 +296,7 @@ def test_unknown_kinds_are_refused_with_the_version(tmp_path: Path) -> None:
     assert int.from_bytes(data[at : at + 2], "little") == Kind.MSR_WR
     data[at : at + 2] = (500).to_bytes(2, "little")
     path.write_bytes(data)
-    with pytest.raises(UserError, match=r"unknown kind of event in a file of version 1.*found 500"):
+    with pytest.raises(UserError, match=r"unknown kind of event in a file of version 2.*found 500"):
         check_run(tmp_path)
 
 

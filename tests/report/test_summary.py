@@ -43,6 +43,7 @@ from proto.topology import Topology
 from proto.units import WORDS_PER_PAGE
 from report import summary as summaries
 from report import text
+from report.check.checker import Checker
 from report.summary import U64, RunFacts, Snapshot, build
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "summary.md"
@@ -120,6 +121,7 @@ def full_summary() -> dict[str, Any]:
         memory={"uss": 2.0, "mapped_alone": 2.5},
         chaos={"kills": 1, "every_ms": 2.0, "for_s": 3.0},
         outage={"count": 1, "total_ms": 2.0, "work_per_100ms_up": None, "work_per_100ms_down": 1.0},
+        check={**Checker("mainline").finish("x").summary(), "online_events": 0},
     )
     return build(topology, _snapshot(topology), [_kernel([])], facts)
 
@@ -127,7 +129,7 @@ def full_summary() -> dict[str, Any]:
 def _names(table: dict[str, Any], prefix: str = "") -> set[str]:
     found: set[str] = set()
     for name, value in table.items():
-        found |= _names(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name}
+        found |= _names(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name}
     return found
 
 
@@ -136,7 +138,7 @@ def test_every_name_is_documented_and_every_documented_name_exists() -> None:
     for line in DOCS.read_text().splitlines():
         if line.startswith("| `"):
             documented |= set(re.findall(r"`([^`]+)`", line.split("|")[1]))
-    assert documented - {"chaos"} == _names(full_summary())
+    assert documented - {"chaos", "check"} == _names(full_summary())
 
 
 def test_the_promised_names_exist() -> None:
@@ -275,11 +277,21 @@ def _bad(**changes: Any) -> dict[str, Any]:
         (_bad(ended="failed:host-0 exit code 1"), "failed:host-0"),
         (_bad(integrity__errors=2), "2 reads found a lost or stale word"),
         (_bad(tasks__killed=1), "1 guest tasks were killed"),
+        (
+            _bad(check__violations={"I22": 3}, check__examples={"I22": ["told", "vm 0 vcpu 1"]}),
+            "I22 is violated, 3 times: told; vm 0 vcpu 1",
+        ),
     ],
 )
 def test_failures_are_found(summary: dict[str, Any], said: str) -> None:
     (failure,) = summaries.failures(summary)
     assert said in failure
+
+
+def test_a_run_without_a_check_has_none_to_fail() -> None:
+    summary = full_summary() | {"check": None}
+    assert summaries.failures(summary) == []
+    assert "invariants held" not in text.render(summary)
 
 
 def test_a_good_run_has_no_failures_unless_nothing_was_checked() -> None:
@@ -317,6 +329,12 @@ def test_the_text_shows_what_matters() -> None:
     summary["latency_us"]["swap_in"] = {"p50": 90.0, "p99": 1234.0}
     summary["pace"] = {"kept": False, "lag_max_ms": 3.0, "executed_ratio": 0.9}
     summary["warnings"] = ["first", "second"]
+    summary["check"] |= {
+        "events": 12345,
+        "violations": {"I22": 3},
+        "examples": {"I22": ["what it says", "the event"]},
+        "notes": ["a note"],
+    }
     shown = text.render(summary)
     for part in (
         "interrupt (mainline), 2 vCPUs",
@@ -325,6 +343,10 @@ def test_the_text_shows_what_matters() -> None:
         "NOT KEPT, the slowest vCPU executed 90.0 % of its time",
         "3 restarts",
         "work per 100 ms: - up, 1.0 down",
+        "12,345 events (0 during the run): 43 invariants held, 1 violated, 6 skipped",
+        "VIOLATED I22 (3): what it says",
+        "the event",
+        "a note",
         "first",
         "second",
     ):

@@ -1,0 +1,77 @@
+"""The thread that checks a run while it is under way.
+
+Purpose: run `OnlineCheck.turn` now and then from the start to the end of a run. What takes long (the rules) runs without the
+interpreter's lock. The thread has no lower priority than the supervisor: it would sometimes be put aside while it holds that lock.
+
+Invariants: nothing is compiled here (the zygote has that done, launcher/zygote.py); the thread ends before the verdict is asked for;
+what goes wrong in it is raised where the verdict is asked for.
+
+Not handled here: what is checked (report/check/), what a violation means for the run (report/summary.py).
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any, Final
+
+from launcher import kernel_cache
+from proto.topology import Topology
+from report.check.online import OnlineCheck
+from report.check.warm import warm_check
+
+TURN_S: Final = 0.25
+BUSY_TURN_S: Final = 0.01
+"""After a turn that had its fill there is more to do, but others want the lock, too."""
+BUSY_EVENTS: Final = 1 << 15
+
+
+class RunCheck:
+    """The check of one run; `start` it before the processes record anything, `verdict` it when they have gone, `close` it always."""
+
+    def __init__(self, folder: Path, topology: Topology) -> None:
+        """folder: where the event files will be."""
+        writers = ["host", *(f"vcpu-{cpu}" for cpu in range(topology.total_vcpus))]
+        self._check = OnlineCheck(folder, topology.run.profile, writers)
+        self._over = threading.Event()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="check", daemon=True)
+
+    def start(self) -> None:
+        """Begin. The compiled rules are loaded at once, while there is nothing to do but wait for the zygote."""
+        if kernel_cache.has_checker():
+            warm_check()
+        self._thread.start()
+
+    def verdict(self, name: str, ended: str) -> dict[str, Any]:
+        """The `check` table of the summary. Whatever went wrong in the thread is raised here."""
+        self._stop()
+        if self._error is not None:
+            raise self._error
+        verdict = self._check.finish(name, ended)
+        return {**verdict.summary(), "online_events": self._check.online}
+
+    def close(self) -> None:
+        """End the thread and let the files go."""
+        self._stop()
+        self._check.close()
+
+    def _stop(self) -> None:
+        self._over.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            self._turns()
+        except BaseException as error:  # noqa: BLE001 - raised again by `verdict`, in the thread that waits for it
+            self._error = error
+
+    def _turns(self) -> None:
+        while not kernel_cache.has_checker():
+            if self._over.wait(TURN_S):
+                return
+        warm_check()
+        wait_s = TURN_S
+        while not self._over.wait(wait_s):
+            wait_s = BUSY_TURN_S if self._check.turn() >= BUSY_EVENTS else TURN_S

@@ -1,0 +1,193 @@
+"""Checking a run while it is under way: the event files of its processes are merged as they grow, checked, and given back.
+
+Merging needs to know up to which Lamport counter nothing more can come: the least floor of all processes (proto/trace_writer.py),
+exact whoever is idle and whatever is on its way. Events of swap daemons hold nothing up: no invariant looks at them.
+
+Invariants: one `turn` does a bounded amount of work; beside the state of the checker there is in memory only what was taken and
+lies above the least floor. What cannot be judged is said: a file that lost events ends the check at its last one, and so does an
+event at or below a counter that was checked already, which a floor rules out.
+
+Not handled here: when turns are made and by which thread (launcher/online.py), files of a run that has ended (source.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from proto.errors import UserError
+from proto.trace import EVENT, HEADER_BYTES, SUFFIX, Events, merge
+from proto.trace_live import LiveFile
+from report.check.checker import Checker
+from report.check.source import FINISHED, SWAP_DAEMON
+from report.check.verdict import Verdict
+
+EVENTS_PER_TURN: Final = 1 << 17
+LEAST_PER_FILE: Final = 1 << 10
+EVERYTHING: Final = (1 << 64) - 1
+
+
+class _File:
+    """A file and what was taken of it and not checked yet, in order."""
+
+    __slots__ = ("live", "orders", "waiting")
+
+    def __init__(self, live: LiveFile) -> None:
+        self.live = live
+        self.orders = not live.name.startswith(SWAP_DAEMON)
+        self.waiting: Events = np.empty(0, EVENT)
+
+    def upto(self, limit: int) -> Events:
+        """Take what is at or below a counter out of what waits."""
+        at = int(np.searchsorted(self.waiting["lamport"], np.uint64(limit), "right"))
+        events, self.waiting = self.waiting[:at], self.waiting[at:]
+        return events
+
+
+class OnlineCheck:
+    """The check of one run.
+
+    Constructor: folder: where the event files will be. writers: names of the files without which nothing can be ordered.
+    """
+
+    def __init__(self, folder: Path, profile: str, writers: Collection[str]) -> None:
+        self.checker = Checker(profile)
+        self.checked_upto = 0
+        """Lamport counter up to which everything was checked."""
+        self._folder = folder
+        self._missing = set(writers)
+        self._files: dict[str, _File] = {}
+        self._seen: set[str] = set()
+        self._cut = ""
+        self._online = 0
+
+    # -- while the run is under way --------------------------------------------------------------------------------------
+    def turn(self) -> int:
+        """Check what can be checked now, at most about EVENTS_PER_TURN events; how many that were."""
+        self._open_new()
+        if self._cut:
+            return 0
+        newest = max((one.live.newest() for one in self._files.values()), default=0)
+        for one in self._files.values():
+            one.live.want(newest)
+        number = self._check_upto(self._floor())
+        self._online += number
+        return number
+
+    def _floor(self) -> int:
+        """Counter up to which nothing more can come."""
+        if self._missing:
+            return 0
+        # A file is asked whether it is closed before its records are counted: a closed one gets no more.
+        return min(
+            (
+                EVERYTHING if one.live.closed and not one.live.dropped else one.live.floor()
+                for one in self._files.values()
+                if one.orders
+            ),
+            default=0,
+        )
+
+    def _open_new(self) -> None:
+        """Look for new files; of a daemon that has a successor nothing more will come."""
+        for path in sorted(self._folder.glob(f"*{SUFFIX}")):
+            if path.stem not in self._seen and path.stat().st_size >= HEADER_BYTES:
+                self._seen.add(path.stem)
+                self._missing.discard(path.stem)
+                self._files[path.stem] = _File(LiveFile(path))
+                self._retire(path.stem)
+
+    def _retire(self, name: str) -> None:
+        """Close the files of earlier daemons of that number, whose last events are of no use to anybody."""
+        if not name.startswith(SWAP_DAEMON):
+            return
+        number = name.rpartition("-")[0]
+        for other in [one for one in self._files if one != name and one.rpartition("-")[0] == number]:
+            self._files.pop(other).live.close()
+
+    def _check_upto(self, limit: int) -> int:
+        if limit <= self.checked_upto:
+            return 0
+        most = max(LEAST_PER_FILE, EVENTS_PER_TURN // max(1, len(self._files)))
+        for one in self._files.values():
+            self._take(one, limit, most)
+            if one.live.left or (one.live.damaged and one.orders):
+                # More of it may be below the limit: the next turn goes on here, or nobody ever will.
+                limit = min(limit, one.live.last)
+        if limit <= self.checked_upto or self._cut:
+            return 0
+        events = merge([one.upto(limit) for one in self._files.values()])
+        self.checker.feed(events)
+        self.checked_upto = limit
+        return len(events)
+
+    def _take(self, one: _File, limit: int, most: int) -> None:
+        live = one.live
+        if live.last >= limit or not live.left:
+            return
+        events = live.take(most)
+        if one.orders and len(events) and int(events["lamport"][0]) <= self.checked_upto:
+            self._cut = f"{live.name} recorded events at or below a counter that was checked before"
+        one.waiting = np.concatenate([one.waiting, events]) if len(one.waiting) else events
+
+    # -- the end ---------------------------------------------------------------------------------------------------------
+    def finish(self, name: str, ended: str) -> Verdict:
+        """Check what is left when every process has gone; the verdict on the whole run. ended: as in the summary."""
+        self._missing.clear()
+        self._files_at_the_end()
+        limit, before = self._last(), -1
+        while before < self.checked_upto < limit and not self._cut:
+            before = self.checked_upto
+            self._check_upto(limit)
+        notes, cut = self._losses()
+        cut = self._cut or cut or ("" if ended == FINISHED else f"the run ended as {ended!r}")
+        if not self._seen:
+            cut = "no process recorded anything"
+        verdict = self.checker.finish(name, cut=cut)
+        verdict.notes[:0] = notes
+        verdict.note_stop(stopped=self.checker.stopped)
+        return verdict
+
+    @property
+    def online(self) -> int:
+        """Events that were checked while the run was under way."""
+        return self._online
+
+    def close(self) -> None:
+        """Let the files go."""
+        for one in self._files.values():
+            one.live.close()
+        self._files.clear()
+
+    def _files_at_the_end(self) -> None:
+        for path in sorted(self._folder.glob(f"*{SUFFIX}")):
+            if path.stem in self._seen:
+                continue
+            self._seen.add(path.stem)
+            try:
+                self._files[path.stem] = _File(LiveFile(path))
+            except UserError as error:
+                if not path.stem.startswith(SWAP_DAEMON):
+                    self._cut = self._cut or str(error)
+
+    def _last(self) -> int:
+        """Up to which counter the events of all processes are there."""
+        incomplete = [one.live for one in self._files.values() if one.orders and one.live.dropped]
+        return min((live.newest() for live in incomplete), default=EVERYTHING)
+
+    def _losses(self) -> tuple[list[str], str]:
+        """Notes, and why the events do not reach the end of the run, "" if they do."""
+        notes, cut = [], ""
+        for one in self._files.values():
+            live = one.live
+            if live.dropped or live.damaged:
+                why = live.damaged or f"full: {live.dropped} later events were not recorded"
+                notes.append(f"{live.path.name}: {why}")
+                if one.orders:
+                    cut = f"{live.path.name} is incomplete, checked up to Lamport counter {self.checked_upto}"
+            elif not live.closed and one.orders:
+                cut = cut or f"{live.path.name} was not closed: its process was killed"
+        return notes, cut
