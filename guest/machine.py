@@ -470,6 +470,9 @@ class GuestCpu(Machine):
             self._held(Held.IDLE, entered.at_ns - self.vclock_ns)
         if entry.irr and not self.irr:
             self.gate_ns = 0 if entry.held_kind == Held.HALTED else entered.at_ns
+        elif entry.held_kind == Held.HALTED and self.vclock_ns < self.gate_ns:
+            # The interrupt that waits for this CPU's clock has ended the halt: until then the CPU was halted (I49).
+            self._held(Held.HALTED, self.gate_ns - self.vclock_ns)
         self.irr = entry.irr
         return entry
 

@@ -274,6 +274,9 @@ class VcpuMachine(Machine):
         if self.where is Where.BLOCKED:
             self._held(Held.HALTED if self.halted else Held.IDLE, self.now_ns - self._blocked_since_ns)
             self.where = Where.OUT
+        elif self.halted:
+            # A pending interrupt ends the halt at once. A guest whose clock is behind must know, or it would touch the page again.
+            self._held(Held.HALTED, 0)
         self._trace(Kind.HALT_OFF, a=1)
         self.halted = False
         self.mp_halted = False

@@ -240,6 +240,30 @@ def test_interrupt_waits_for_if_and_is_reported_at_the_next_exit() -> None:
     assert world.log.count(Kind.G_IRQ) == 1
 
 
+def test_a_halt_that_the_waiting_interrupt_ended_brings_the_clock_to_it() -> None:
+    """A CPU behind the wall clock takes an interrupt later; halted for a page meanwhile, it would go round for nothing (I49)."""
+    gates: list[int] = []
+
+    def behave(world: World, task: int, limit: int) -> tuple[int, int]:
+        if world.log.count(Kind.G_IRQ):
+            return ends(world, task, limit)
+        if not gates:
+            world.irr.add(VECTOR_RESCHEDULE)
+            gates.append(world.cpu.vclock_ns + 5 * MS)
+            world.cpu.irr, world.cpu.gate_ns = VECTOR_RESCHEDULE, gates[0]
+        return L.RUN_NESTED, 10
+
+    world = World(config("halt", tasks=1), [behave])
+    world.entry_hook = lambda record: (
+        world.entry(record, Held.HALTED, 0) if record.reason == ExitReason.NESTED else None
+    )
+    world.run()
+    assert reasons(world).count(ExitReason.NESTED) == 1
+    assert world.log.count(Kind.G_IRQ) == 1
+    assert world.cpu.vclock_ns == gates[0]
+    assert world.counter(L.VC_HALTED_NS) == 5 * MS - 10
+
+
 def test_timer_interrupt_from_the_host_preempts() -> None:
     """A synthetic halt longer than the task's lead ends by the timer, and the other task gets its turn."""
     world = World(config("halt"), [works, faults])

@@ -119,6 +119,18 @@ def test_a_timer_ends_the_synthetic_halt_and_the_refault_is_repeated() -> None:
     assert len([r for r in bench.io if r.op == 0]) == 1, "one read, however often the guest asks"
 
 
+def test_a_halt_that_a_pending_interrupt_ends_at_once_is_told() -> None:
+    bench = swapped(enable=False)
+    assert bench.touch(GFN) is None
+    from host.events import Interrupt
+
+    bench.feed(bench.vcpus[0], Interrupt(0, kvm.VECTOR_RESCHEDULE))
+    assert bench.entries[0].irr == kvm.VECTOR_RESCHEDULE
+    entry = bench.touch(GFN)
+    assert entry is not None, "not accepted yet: still pending"
+    assert (entry.held_kind, entry.held_ns) == (Held.HALTED, 0)
+
+
 def test_sync_mode_blocks_and_reports_how_long() -> None:
     bench = swapped(host_async=False)
     assert bench.touch(GFN, timer_ns=1000) is None
