@@ -63,6 +63,8 @@ class TraceFile(NamedTuple):
     proc: int
     begin: int
     """Number of its first event: those before were overwritten."""
+    ring: int
+    """Places for records: record n lies at place n modulo this."""
     events: Events
     dropped: int
     closed: bool
@@ -91,7 +93,7 @@ def read_file(path: Path) -> TraceFile:
         check_header(path, header)
         if len(header) < HEADER_BYTES:
             note = f"{path.name}: cut at byte {size}, inside the header: no events"
-            return TraceFile(path, path.stem, 0, 0, np.empty(0, EVENT), 0, False, 0, 0, note)
+            return TraceFile(path, path.stem, 0, 0, 0, np.empty(0, EVENT), 0, False, 0, 0, note)
         _, _, _, _, proc, _, start_ns, wall_ns, name = FIXED.unpack_from(header)
         words = np.frombuffer(header, "<u8")
         count, dropped, closed, ring = (
@@ -127,6 +129,7 @@ def read_file(path: Path) -> TraceFile:
         name.rstrip(b"\0").decode(errors="replace"),
         proc,
         begin,
+        ring,
         events,
         dropped,
         closed != 0,

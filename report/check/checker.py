@@ -42,10 +42,16 @@ class Checker:
     """The state of one check."""
 
     def __init__(
-        self, profile: str, *, recorded: bool = False, unordered: bool = False, bound_ns: int = BOUND_NS
+        self,
+        profile: str,
+        *,
+        recorded: bool = False,
+        unordered: bool = False,
+        joined: bool = False,
+        bound_ns: int = BOUND_NS,
     ) -> None:
-        """recorded: events of a kernel. unordered: completions may be logged behind their ready events. UserError for a profile
-        that does not exist.
+        """recorded: events of a kernel. unordered: completions may be logged behind their ready events. joined: the events begin in
+        the middle of a run. UserError for a profile that does not exist.
         """
         if profile not in PROFILE_NAMES:
             raise UserError("unknown profile", found=profile, allowed=", ".join(PROFILE_NAMES))
@@ -53,7 +59,7 @@ class Checker:
         self.recorded = recorded
         self.events = 0
         self._tables = fresh_tables(
-            config_of(profile, recorded=recorded, unordered=unordered, bound_ns=bound_ns)
+            config_of(profile, recorded=recorded, unordered=unordered, joined=joined, bound_ns=bound_ns)
         )
         self._examples: dict[int, list[dict[str, Any]]] = {}
         self._shown = 0

@@ -29,11 +29,12 @@ from report.check.host_side import (
     on_unhalt,
 )
 from report.check.msr import on_msr_write
-from report.check.profiles import C_MODE_I, C_RECORDED
+from report.check.profiles import C_JOINED, C_MODE_I, C_RECORDED
 from report.check.ready_side import on_accept, on_cancel, on_completed, on_ready, on_slot_write
 from report.check.records import broken, is_live
 from report.check.state import (
     AT_END,
+    F_BROADCAST,
     F_CANCEL,
     F_DELIVERED,
     F_DONE,
@@ -53,10 +54,14 @@ from report.check.state import (
     T_SINCE,
     T_TOKEN,
     UNKNOWN,
+    UNSEEN,
     V_ACCEPT,
     V_DESTROYED,
+    V_EN,
     V_EPOCH,
+    V_HALT_REQ,
     V_HALTED,
+    V_INJ_KIND,
     V_LAPIC,
     V_LAST_ID,
     V_NP_GFN,
@@ -64,11 +69,13 @@ from report.check.state import (
     V_PREFAULT,
     V_RD_TOKEN,
     V_RECORDS,
+    V_SEND_ALWAYS,
     V_SPIN,
     V_TRY_GFN,
     V_VCPU,
     V_VECTOR,
     V_VM,
+    V_WRITTEN,
     Tables,
 )
 
@@ -144,6 +151,10 @@ def _new_row(s: Tables, vm: int, vcpu: int) -> int:
     if s.config[C_RECORDED]:
         # A recording may begin behind the write that switched it on.
         s.v[row, V_LAPIC] = UNKNOWN
+    if s.config[C_JOINED]:
+        for word in (V_LAPIC, V_EN, V_SEND_ALWAYS, V_INJ_KIND, V_WRITTEN, V_HALT_REQ):
+            s.v[row, word] = UNKNOWN
+        s.v[row, V_RD_TOKEN] = UNSEEN
     return row
 
 
@@ -240,7 +251,7 @@ def check_end(s: Tables, finished: bool) -> None:
                 _left_live(s, row, k, flags)
             elif flags & F_SLEEPS and not flags & F_EARLY:
                 _left_asleep(s, row, k, flags, finished)
-            elif flags & F_DUMMY and (not flags & F_INJ or flags & F_G_NP):
+            elif flags & F_DUMMY and not flags & F_BROADCAST and (not flags & F_INJ or flags & F_G_NP):
                 broken(s, row, NR[45], AT_END, s.t[row, k, T_SINCE], s.t[row, k, T_TOKEN])
             if s.config[C_RECORDED] and flags & F_READY and not flags & (F_DONE | F_CANCEL):
                 broken(s, row, NR[20], AT_END, s.t[row, k, T_SINCE], s.t[row, k, T_TOKEN])

@@ -9,10 +9,11 @@ from typing import Any, Final
 
 from proto.jit import lean_kernel as kernel
 from report.check.host_side import INJ_NOT_PRESENT, INJ_READY, VECTOR_PF
-from report.check.profiles import C_MODE_I, C_RECORDED
+from report.check.profiles import C_JOINED, C_MODE_I, C_RECORDED
 from report.check.ready_side import AREA_FLAGS, AREA_TOKEN, WAKE_ALL, was_accepted
-from report.check.records import add_record, broken, close_if_over, event_id_of, find, hold
+from report.check.records import add_record, broken, close_if_over, event_id_of, find, hold, how_gone
 from report.check.state import (
+    F_BROADCAST,
     F_CONSUMED,
     F_DUMMY,
     F_EARLY,
@@ -27,6 +28,7 @@ from report.check.state import (
     T_SINCE,
     T_TASK,
     T_TOKEN,
+    UNKNOWN,
     V_BROADCAST,
     V_HALTED,
     V_HALTING,
@@ -77,7 +79,8 @@ def on_g_not_present(s: Tables, row: int, at: int, e: Any) -> None:
     """The guest takes a #PF as "page not present"."""
     token = i64(e["token"])
     injected = s.v[row, V_INJ_KIND] == INJ_NOT_PRESENT
-    hold(s, row, NR[16], injected, at, NONE, token)
+    hold(s, row, NR[16], injected or s.v[row, V_INJ_KIND] == UNKNOWN, at, NONE, token)
+    _now_known(s, row)
     if injected:
         same = s.v[row, V_INJ_TOKEN] == token and i64(e["b"]) & 0xFFFF_FFFF == token
         hold(s, row, NR[17], same, at, NONE, token)
@@ -85,6 +88,13 @@ def on_g_not_present(s: Tables, row: int, at: int, e: Any) -> None:
     k = find(s, row, token)
     if k >= 0:
         s.t[row, k, T_FLAGS] |= F_G_NP
+
+
+@kernel
+def _now_known(s: Tables, row: int) -> None:
+    """A #PF was taken: whatever was injected before the events begin, it is gone."""
+    if s.v[row, V_INJ_KIND] == UNKNOWN:
+        s.v[row, V_INJ_KIND] = 0
 
 
 @kernel
@@ -98,7 +108,8 @@ def on_g_interrupt(s: Tables, row: int, at: int, e: Any) -> None:
     if s.config[C_MODE_I] or vector != VECTOR_PF:
         return
     injected = s.v[row, V_INJ_KIND] == INJ_READY
-    hold(s, row, NR[16], injected, at, NONE, token)
+    hold(s, row, NR[16], injected or s.v[row, V_INJ_KIND] == UNKNOWN, at, NONE, token)
+    _now_known(s, row)
     if injected:
         hold(s, row, NR[17], s.v[row, V_INJ_TOKEN] == token, at, NONE, token)
         s.v[row, V_INJ_KIND] = 0
@@ -154,6 +165,7 @@ def on_g_wait(s: Tables, row: int, at: int, e: Any) -> None:
     token, variant = i64(e["token"]), i64(e["c"])
     r = row_of_token(s, row, token)
     k = find(s, r, token)
+    earlier = k < 0 and _is_from_before(s, r, token)
     if k < 0:
         k = add_record(s, r, token, 0, event_id_of(e))
     flags = s.t[r, k, T_FLAGS]
@@ -161,7 +173,7 @@ def on_g_wait(s: Tables, row: int, at: int, e: Any) -> None:
         broken(s, row, NR[40], at, s.t[r, k, T_SINCE], token)
     flags &= ~(F_EARLY | F_WOKEN)
     if variant == WAIT_DUMMY:
-        hold(s, row, NR[39], flags & F_DUMMY != 0, at, NONE, token)
+        hold(s, row, NR[39], earlier or flags & F_DUMMY != 0, at, NONE, token)
         s.t[r, k, T_FLAGS] = flags & ~F_DUMMY | F_WOKEN
         close_if_over(s, r, k)
         return
@@ -183,7 +195,11 @@ def on_g_wake(s: Tables, row: int, at: int, e: Any) -> None:
     r = row_of_token(s, row, token)
     k = find(s, r, token)
     if k < 0:
+        earlier = _is_from_before(s, r, token)
         k = add_record(s, r, token, 0, event_id_of(e))
+        if earlier:
+            _wake_of_an_earlier_wait(s, row, r, k, variant)
+            return
     flags, since = s.t[r, k, T_FLAGS], s.t[r, k, T_SINCE]
     if variant == WAKE_ADDED_DUMMY:
         hold(s, row, NR[39], not flags & (F_SLEEPS | F_DUMMY), at, since, token)
@@ -195,10 +211,27 @@ def on_g_wake(s: Tables, row: int, at: int, e: Any) -> None:
     elif variant == WAKE_BROADCAST:
         hold(s, row, NR[39], flags & (F_SLEEPS | F_DUMMY) != 0, at, since, token)
         hold(s, row, NR[43], s.t[r, k, T_NODE_CPU] == s.v[row, V_VCPU], at, since, token)
+        if flags & F_SLEEPS:
+            flags |= F_BROADCAST
     else:
         hold(s, row, NR[39], flags & F_DUMMY != 0, at, since, token)
         return
     _take_out(s, row, r, k, at, flags)
+
+
+@kernel
+def _is_from_before(s: Tables, r: int, token: int) -> bool:
+    """A token without a record may have one that lies before the events begin."""
+    return s.config[C_JOINED] == 1 and how_gone(s, r, token) == 0
+
+
+@kernel
+def _wake_of_an_earlier_wait(s: Tables, row: int, r: int, k: int, variant: int) -> None:
+    if variant == WAKE_ADDED_DUMMY:
+        s.t[r, k, T_FLAGS] = F_DUMMY | F_BROADCAST
+        s.t[r, k, T_NODE_CPU] = s.v[row, V_VCPU]
+    else:
+        close_if_over(s, r, k)
 
 
 @kernel

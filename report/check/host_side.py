@@ -12,6 +12,7 @@ from proto.jit import lean_kernel as kernel
 from report.check.profiles import (
     C_BOUND_NS,
     C_HALT,
+    C_JOINED,
     C_LIMIT,
     C_MODE_I,
     C_PAGING,
@@ -103,7 +104,7 @@ def on_repeated(s: Tables, row: int, at: int, e: Any) -> None:
     live = find_live_gfn(s, row, gfn) >= 0
     ready = not live and _gfn_was_ready(s, row, gfn)
     hold(s, row, NR[28], not ready, at, NONE, NONE)
-    hold(s, row, NR[6], live or ready, at, NONE, NONE)
+    hold(s, row, NR[6], live or ready or s.config[C_JOINED] == 1, at, NONE, NONE)
     if not s.config[C_RECORDED]:
         s.checks[19] += 1
         s.v[row, V_REPEATED] = 1
@@ -156,7 +157,7 @@ def on_setup_fail(s: Tables, row: int, at: int, e: Any) -> None:
     gfn, token = s.v[row, V_TRY_GFN], i64(e["token"])
     s.v[row, V_TRY_GFN] = UNKNOWN
     _token_format(s, row, at, token)
-    if e["a"] == FAIL_LIMIT:
+    if e["a"] == FAIL_LIMIT and not s.config[C_JOINED]:
         queued = s.v[row, V_LIVE] + s.v[row, V_WAKEALL]
         hold(s, row, NR[5], queued >= s.config[C_LIMIT], at, NONE, token)
     if gfn != UNKNOWN and s.config[C_HALT] and find_live_gfn(s, row, gfn) >= 0:
@@ -212,7 +213,7 @@ def _same_page_again(s: Tables, row: int, at: int, gfn: int, token: int) -> None
 def on_inject(s: Tables, row: int, at: int, e: Any) -> None:
     """A #PF of async PF is queued for the next entry."""
     kind, token, state = i64(e["a"]), i64(e["token"]), i64(e["c"])
-    busy = s.v[row, V_INJ_KIND] != 0
+    busy = s.v[row, V_INJ_KIND] > 0
     queued = busy and s.v[row, V_INJ_QUEUED] == 1
     hold(s, row, NR[14], not queued, at, NONE, token)
     if busy and not queued:
@@ -222,13 +223,13 @@ def on_inject(s: Tables, row: int, at: int, e: Any) -> None:
     may = state & STATE_IF != 0 and not state & STATE_SHADOW
     if kind == INJ_NOT_PRESENT:
         _nothing_from_a_prefault(s, row, at)
-        if s.config[C_HALT] or s.v[row, V_SEND_ALWAYS]:
+        if s.config[C_HALT] or s.v[row, V_SEND_ALWAYS] == 1:
             hold(s, row, NR[9], may, at, NONE, token)
         hold(s, row, NR[10], not state & STATE_PENDING, at, NONE, token)
-        hold(s, row, NR[11], state & 3 != 0 or s.v[row, V_SEND_ALWAYS] == 1, at, NONE, token)
+        hold(s, row, NR[11], state & 3 != 0 or s.v[row, V_SEND_ALWAYS] != 0, at, NONE, token)
         if s.config[C_PAGING]:
             hold(s, row, NR[12], state & STATE_PG != 0, at, NONE, token)
-        _announced(s, row, at, token, s.v[row, V_WRITTEN] == WORD_NOT_PRESENT)
+        _announced(s, row, at, token, s.v[row, V_WRITTEN] in (WORD_NOT_PRESENT, UNKNOWN))
     elif kind == INJ_READY:
         hold(s, row, NR[27], may and not state & STATE_PENDING and not queued, at, NONE, token)
         delivered(s, row, at, token)
@@ -240,7 +241,8 @@ def _announced(s: Tables, row: int, at: int, token: int, written: bool) -> None:
     """I13, and the item remembers that its guest was told."""
     k = find(s, row, token)
     live = k >= 0 and is_live(s.t[row, k, T_FLAGS])
-    hold(s, row, NR[13], live and written and s.v[row, V_EN] == 1, at, NONE, token)
+    earlier = k < 0 and s.config[C_JOINED] == 1
+    hold(s, row, NR[13], (live or earlier) and written and s.v[row, V_EN] != 0, at, NONE, token)
     if live:
         s.t[row, k, T_FLAGS] |= F_INJ
         s.t[row, k, T_EPOCH] = s.v[row, V_EPOCH]
@@ -254,7 +256,7 @@ def on_inject_exception(s: Tables, row: int, at: int, e: Any) -> None:
     if vector != VECTOR_PF or token == UNKNOWN:
         return
     s.v[row, V_NP_TOKEN] = UNKNOWN
-    if s.v[row, V_INJ_KIND]:
+    if s.v[row, V_INJ_KIND] > 0:
         broken(s, row, NR[16], at, NONE, s.v[row, V_INJ_TOKEN])
     s.v[row, V_INJ_KIND], s.v[row, V_INJ_TOKEN] = INJ_NOT_PRESENT, token
     _announced(s, row, at, token, True)
@@ -268,14 +270,14 @@ def on_request(s: Tables, row: int, at: int, e: Any) -> None:
         s.v[row, V_REPEATED] = 0
         s.v[row, V_HALT_REQ] = 1
         if s.config[C_HALT]:
-            hold(s, row, NR[36], s.v[row, V_LIVE] > 0, at, NONE, NONE)
+            hold(s, row, NR[36], s.v[row, V_LIVE] > 0 or s.config[C_JOINED] == 1, at, NONE, NONE)
 
 
 @kernel
 def on_halt(s: Tables, row: int, at: int) -> None:
     """The synthetic halt begins."""
     if s.config[C_HALT]:
-        hold(s, row, NR[36], s.v[row, V_HALT_REQ] == 1, at, NONE, NONE)
+        hold(s, row, NR[36], s.v[row, V_HALT_REQ] != 0, at, NONE, NONE)
     s.v[row, V_HALT_REQ] = 0
     s.v[row, V_HALTED] = 1
     s.v[row, V_DONE_HALTED_NS] = 0

@@ -34,7 +34,9 @@ C_UNORDERED: Final = 10
 """A completion may stand behind its ready event: the tracepoint is hit after the done list was let go (spec §4.2)."""
 C_BOUND_NS: Final = 11
 """Longest answer that liveness allows."""
-CONFIG_WORDS: Final = 12
+C_JOINED: Final = 12
+"""The events begin in the middle of a run: what was before is unknown, and what may follow from it is not judged."""
+CONFIG_WORDS: Final = 13
 
 BOUND_NS: Final = 10_000_000_000
 """Far above what a busy machine needs for a kick (128 vCPUs per core: 0.2 s)."""
@@ -57,7 +59,12 @@ PROFILE_NAMES: Final = tuple(_PROFILES)
 
 
 def config_of(
-    profile: str, *, recorded: bool = False, unordered: bool = False, bound_ns: int = BOUND_NS
+    profile: str,
+    *,
+    recorded: bool = False,
+    unordered: bool = False,
+    joined: bool = False,
+    bound_ns: int = BOUND_NS,
 ) -> npt.NDArray[np.int64]:
     """i64[CONFIG_WORDS] of a profile. KeyError for a name that is not in PROFILE_NAMES."""
     config = np.zeros(CONFIG_WORDS, np.int64)
@@ -65,5 +72,6 @@ def config_of(
         config[word] = value
     config[C_RECORDED] = recorded
     config[C_UNORDERED] = recorded or unordered
+    config[C_JOINED] = joined
     config[C_BOUND_NS] = bound_ns
     return config

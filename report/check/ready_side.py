@@ -7,6 +7,7 @@ from typing import Any, Final
 from proto.jit import lean_kernel as kernel
 from report.check.profiles import (
     C_BOUND_NS,
+    C_JOINED,
     C_MODE_I,
     C_RECORDED,
     C_UNORDERED,
@@ -40,6 +41,7 @@ from report.check.state import (
     T_GVA,
     T_SINCE,
     UNKNOWN,
+    UNSEEN,
     V_ACCEPT,
     V_BROADCAST,
     V_DESTROYED,
@@ -110,6 +112,8 @@ def _completed_unknown(s: Tables, row: int, at: int, e: Any, token: int) -> None
     if gone == GONE_CANCELLED:
         broken(s, row, NR[34], at, NONE, token)
     elif gone == 0 and not s.config[C_RECORDED]:
+        if s.config[C_MODE_I] and s.config[C_JOINED]:
+            return
         if s.config[C_MODE_I]:
             # The worker starts after the announcement.
             broken(s, row, NR[20], at, NONE, token)
@@ -171,6 +175,13 @@ def _ready_without_item(s: Tables, row: int, at: int, k: int, token: int) -> Non
         gone = GONE_READY
     if k >= 0 and s.t[row, k, T_FLAGS] & F_CANCEL:
         gone = GONE_CANCELLED
+    if s.config[C_JOINED] and gone == 0:
+        # Announced before the events begin.
+        s.v[row, V_RD_INJECTED], s.v[row, V_RD_EPOCH] = 1, s.v[row, V_EPOCH]
+        if k >= 0:
+            s.t[row, k, T_FLAGS] &= ~F_DONE
+            close_if_over(s, row, k)
+        return
     inv = 20
     if gone == GONE_READY:
         inv = 21
@@ -183,6 +194,9 @@ def _ready_without_item(s: Tables, row: int, at: int, k: int, token: int) -> Non
 def delivered(s: Tables, row: int, at: int, token: int) -> None:
     """I22: what the guest is told to be ready is what was just dequeued, and the guest was told that it was missing."""
     if token == WAKE_ALL:
+        return
+    if s.v[row, V_RD_TOKEN] == UNSEEN:
+        s.v[row, V_RD_TOKEN] = UNKNOWN
         return
     ok = s.v[row, V_RD_TOKEN] == token and s.v[row, V_RD_INJECTED] != 0
     ok = ok and s.v[row, V_RD_EPOCH] == s.v[row, V_EPOCH]
@@ -202,6 +216,8 @@ def on_accept(s: Tables, row: int, at: int, e: Any) -> None:
             delivered(s, row, at, s.v[row, V_RD_TOKEN])
     elif s.v[row, V_ACCEPT]:
         s.v[row, V_ACCEPT] = 0
+        if mine == UNKNOWN and s.config[C_JOINED]:
+            s.v[row, V_VECTOR] = mine = vector
         # Vector 0: the guest enabled before it said which (BZ-46).
         hold(s, row, NR[26], vector != 0 and vector == mine, at, NONE, NONE)
 
@@ -239,7 +255,9 @@ def on_slot_write(s: Tables, row: int, at: int, e: Any) -> None:
     """The host stores a word of the shared area."""
     offset, value, old = i64(e["a"]), i64(e["b"]), i64(e["c"])
     mode_i = s.config[C_MODE_I] == 1
-    hold(s, row, NR[30], s.v[row, V_EN] == 1, at, NONE, value)
+    hold(s, row, NR[30], s.v[row, V_EN] != 0, at, NONE, value)
+    if s.v[row, V_EN] == UNKNOWN:
+        s.v[row, V_EN] = 1
     hold(s, row, NR[31], offset == AREA_FLAGS or (mode_i and offset == AREA_TOKEN), at, NONE, value)
     if offset == AREA_FLAGS:
         s.v[row, V_WRITTEN] = 0
@@ -253,7 +271,7 @@ def on_slot_write(s: Tables, row: int, at: int, e: Any) -> None:
         hold(s, row, NR[24], old == 0, at, NONE, value)
         hold(s, row, NR[25], s.v[row, V_TOKEN_WORD] == 0, at, NONE, value)
         was_accepted(s, row, at)
-        hold(s, row, NR[26], s.v[row, V_LAPIC] == 1, at, NONE, value)
+        hold(s, row, NR[26], s.v[row, V_LAPIC] != 0, at, NONE, value)
         s.v[row, V_TOKEN_WORD], s.v[row, V_ACCEPT] = 1, 1
         s.v[row, V_BROADCAST] = value == WAKE_ALL
         delivered(s, row, at, value)

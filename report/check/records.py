@@ -6,6 +6,7 @@ from typing import Any
 
 from proto.jit import lean_kernel as kernel
 from report.check.state import (
+    F_BROADCAST,
     F_CANCEL,
     F_CONSUMED,
     F_DONE,
@@ -120,6 +121,8 @@ def over(flags: int) -> bool:
         return True
     if not flags & F_READY or not flags & F_DONE:
         return False
+    if flags & F_BROADCAST:
+        return flags & F_CONSUMED != 0
     return not flags & F_INJ or flags & (F_WOKEN | F_CONSUMED) != 0
 
 

@@ -31,12 +31,15 @@ FINISHED: Final = "finished"
 
 @dataclass(slots=True)
 class Source:
-    """Event files of one run. cut: why they do not reach its end, "" if they do. last: the highest counter that is checked."""
+    """Event files of one run, a recycled one in two parts. cut: why they do not reach its end, "" if they do. first, last: the lowest
+    and the highest counter that is checked; first 0: from the beginning.
+    """
 
     name: str
     files: list[Events]
     profile: str = DEFAULT_PROFILE
     cut: str = ""
+    first: int = 0
     last: int | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -99,13 +102,33 @@ def open_files(paths: Sequence[Path], name: str = "") -> Source:
             source.cut = f"{path.name} is incomplete"
         elif not file.closed and not daemon:
             source.cut = source.cut or f"{path.name} was not closed: its process was killed, or still runs"
+        if file.begin and count and not daemon:
+            source.first = max(source.first, int(file.events["lamport"][0]))
+        begin, ring = file.begin, file.ring
         del file
         if count:
-            source.files.append(np.memmap(path, EVENT, "r", HEADER_BYTES, (count,)))
+            source.files += _mapped(path, begin, count, ring)
+    if source.first:
+        source.files = [f[_upto(f["lamport"], source.first - 1) :] for f in source.files]
+        source.notes.append(
+            f"the run was recycled: checked from Lamport counter {source.first} on, what was under way then only in part"
+        )
     if source.last is not None:
         source.files = [f[: _upto(f["lamport"], source.last)] for f in source.files]
         source.notes.append(f"checked up to Lamport counter {source.last}, where the first file ends")
     return source
+
+
+def _mapped(path: Path, begin: int, count: int, ring: int) -> list[Events]:
+    """Records ``begin`` to ``begin + count`` of a file, in at most two parts."""
+    start = begin % ring if ring else 0
+    behind = min(count, ring - start) if begin else count
+    parts = [(start, behind), (0, count - behind)]
+    return [
+        np.memmap(path, EVENT, "r", HEADER_BYTES + EVENT.itemsize * at, (number,))
+        for at, number in parts
+        if number
+    ]
 
 
 def _take_run_json(source: Source, path: Path) -> None:

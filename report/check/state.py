@@ -36,6 +36,8 @@ RING: Final = 64
 VCPUS_MAX: Final = 4096
 """A token has 12 bits for the vCPU's id (spec §0.5)."""
 UNKNOWN: Final = -1
+UNSEEN: Final = -2
+"""Of V_RD_TOKEN: events that begin in the middle of a run do not show it."""
 
 # -- a vCPU: host's side -------------------------------------------------------------------------------------------------
 V_VM: Final = 0
@@ -45,10 +47,11 @@ V_RECORDS: Final = 2
 V_LIVE: Final = 3
 """Tokens announced and neither ready nor cancelled."""
 V_EN: Final = 4
-"""PV async PF is enabled: 1, 0."""
+"""PV async PF is enabled: 1, 0, UNKNOWN."""
 V_EPOCH: Final = 5
 """Changes when async PF is enabled from disabled."""
 V_SEND_ALWAYS: Final = 6
+"""1, 0, UNKNOWN."""
 V_LAPIC: Final = 7
 """Software-enabled: 1, 0, UNKNOWN."""
 V_VECTOR: Final = 8
@@ -61,7 +64,7 @@ V_REPEATED: Final = 11
 V_HALT_REQ: Final = 12
 V_HALTED: Final = 13
 V_INJ_KIND: Final = 14
-"""Injected and not dispatched: 0 nothing, 1 not present, 2 ready."""
+"""Injected and not dispatched: 0 nothing, 1 not present, 2 ready, UNKNOWN."""
 V_INJ_TOKEN: Final = 15
 V_INJ_QUEUED: Final = 16
 """No guest event since the injection."""
@@ -136,6 +139,8 @@ F_EARLY: Final = 4096
 """Its task ran before a wake was seen: legal only if the wake came from another CPU."""
 F_CONSUMED: Final = 8192
 """The guest has taken the ready event."""
+F_BROADCAST: Final = 16384
+"""A broadcast has ended its wait: its own wake-up finds nobody, and leaves a dummy that nobody will ever take."""
 
 GONE_READY: Final = 1
 GONE_CANCELLED: Final = 2

@@ -17,6 +17,7 @@ from launcher.signals import Signals
 from proto.topology import Topology, load
 from proto.trace import Kind, TraceWriter, read_file
 from report import summary as summaries
+from report.check.api import check_run
 from report.check.online import OnlineCheck
 from tests.launcher.drive import run_fake
 
@@ -78,6 +79,10 @@ def test_a_ring_is_recycled_and_the_whole_run_is_judged(tmp_path: Path) -> None:
     host = read_file(out / "events" / "host.bin")
     assert host.begin > 0, "it was written more than once"
     assert host.path.stat().st_size <= RING_BYTES + 4096
+    verdict = check_run(out)
+    assert verdict.ok, [(one.number, one.examples) for one in verdict.violated]
+    assert verdict.events < check["events"]
+    assert any("recycled" in note for note in verdict.notes)
 
 
 def test_a_run_whose_processes_record_nothing_says_so() -> None:

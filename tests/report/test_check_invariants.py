@@ -640,6 +640,27 @@ def test_a_task_that_resumed_and_was_never_woken() -> None:
     assert 40 in numbers(story.check())
 
 
+@pytest.mark.parametrize("profile", ["v7", "mainline"])
+def test_the_dummy_of_a_sleeper_whom_a_broadcast_woke_is_kvms_own(profile: str) -> None:
+    """Enabled, told of a missing page, and only then of the broadcast: the page's own wake-up comes when nobody sleeps any more."""
+    for late in (True, False):
+        story = Story(profile)
+        story.boot()
+        first = story.asleep(1, 10)
+        story.wake(first, variant=2)
+        story.resume(first)
+        story.done(first)
+        story.ready(first)
+        story.deliver(0, first)
+        story.take_ready(0, first)
+        story.wake(first, variant=1)
+        story.consumed(0, first)
+        token = story.life(2, 11)
+        if not late:
+            story.wake(token, variant=1)
+        assert numbers(story.check()) == (set() if late else {45})
+
+
 def test_dummy_rules() -> None:
     story = Story()
     story.boot()
