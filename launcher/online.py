@@ -18,7 +18,6 @@ from typing import Any, Final
 from launcher import kernel_cache
 from proto.topology import Topology
 from report.check.online import OnlineCheck
-from report.check.warm import warm_check
 
 TURN_S: Final = 0.25
 BUSY_TURN_S: Final = 0.01
@@ -38,9 +37,7 @@ class RunCheck:
         self._thread = threading.Thread(target=self._run, name="check", daemon=True)
 
     def start(self) -> None:
-        """Begin. The compiled rules are loaded at once, while there is nothing to do but wait for the zygote."""
-        if kernel_cache.has_checker():
-            warm_check()
+        """Begin. The compiled rules are loaded when there is something to check: the start of the processes does not wait for it."""
         self._thread.start()
 
     def verdict(self, name: str, ended: str) -> dict[str, Any]:
@@ -71,7 +68,6 @@ class RunCheck:
         while not kernel_cache.has_checker():
             if self._over.wait(TURN_S):
                 return
-        warm_check()
         wait_s = TURN_S
         while not self._over.wait(wait_s):
             wait_s = BUSY_TURN_S if self._check.turn() >= BUSY_EVENTS else TURN_S
