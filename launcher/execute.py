@@ -54,6 +54,8 @@ class RunOptions:
     roles: Mapping[str, str] = field(default_factory=lambda: ROLES)
     bounds: Bounds = field(default_factory=Bounds)
     trace_bytes: int = TRACE_BYTES
+    misbehaves: str = ""
+    """What the guest does on purpose that liveness does not allow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,7 @@ def execute(topology: Topology, options: RunOptions, signals: Signals, progress:
         finally:
             supervisor.tear_down()
         progress.phase("checking")
-        checked = check.verdict(str(run_dir.path), supervisor.outcome.ended)
+        checked = check.verdict(str(run_dir.path), supervisor.outcome.ended, options.misbehaves)
         return _write_down(topology, made, run_dir, record, supervisor.outcome, options.chaos, checked)
     finally:
         if check is not None:

@@ -40,12 +40,14 @@ class RunCheck:
         """Begin. The compiled rules are loaded when there is something to check: the start of the processes does not wait for it."""
         self._thread.start()
 
-    def verdict(self, name: str, ended: str) -> dict[str, Any]:
-        """The `check` table of the summary. Whatever went wrong in the thread is raised here."""
+    def verdict(self, name: str, ended: str, misbehaves: str = "") -> dict[str, Any]:
+        """The `check` table of the summary. misbehaves: why the guest is not held to liveness, "" if it is. Whatever went wrong in the
+        thread is raised here.
+        """
         self._stop()
         if self._error is not None:
             raise self._error
-        verdict = self._check.finish(name, ended)
+        verdict = self._check.finish(name, ended, misbehaves)
         return {**verdict.summary(), "online_events": self._check.online}
 
     def close(self) -> None:

@@ -80,12 +80,21 @@ def topology_of(scenario: Scenario) -> Topology:
     )
 
 
+def misbehaves(scenario: Scenario) -> str:
+    """Why the guest is not held to liveness, "" if it is: those rules assume one that clears, acknowledges, wakes and goes on."""
+    if scenario.script:
+        return "the scenario has a script"
+    needed = {"clear", "ack"} if PROFILES[scenario.profile].ready_by_interrupt else {"clear"}
+    return "" if needed <= set(scenario.on_ready) else "the scenario's guest leaves out a step"
+
+
 def run(scenario: Scenario, signals: Signals, progress: Progress) -> Outcome:
     """One scenario, from the start of its processes to their end. Raises UserError for what this machine cannot provide."""
     check(scenario)
     with tempfile.TemporaryDirectory(prefix="asyncpf-") as folder:
         run_dir = Path(folder) / "run"
-        result = execute(topology_of(scenario), RunOptions(out=run_dir, roles=ROLES), signals, progress)
+        options = RunOptions(out=run_dir, roles=ROLES, misbehaves=misbehaves(scenario))
+        result = execute(topology_of(scenario), options, signals, progress)
         return _put_together(scenario, result, run_dir)
 
 
@@ -107,6 +116,10 @@ def _put_together(scenario: Scenario, result: RunResult, run_dir: Path) -> Outco
     if not all(fact["over"] for fact in facts) and not any(fact["ended_ns"] for fact in facts):
         unfinished = ", ".join(str(number) for fact in facts for number in fact["unfinished"])
         differences.append(f"the run did not end: tasks {unfinished or 'none'} unfinished")
+    differences += [
+        f"{name} is violated: {'; '.join(examples)}"
+        for name, examples in result.summary["check"]["examples"].items()
+    ]
     if ended != "finished":
         differences.append(f"the run ended: {ended}")
     return Outcome(scenario, "real", observed, tuple(differences), events)

@@ -20,8 +20,10 @@ import zmq
 
 from host.memory import HostMemory, VmMemory
 from launcher import scenario_real_part as part
+from launcher.scenario_real_log import GuestLog
 from proto import link, wire
 from proto.layout import CTL_ABORT
+from proto.profile import PROFILES
 from proto.run import PROC_VCPU, RunContext
 from proto.trace import Kind
 from proto.units import WORDS_PER_PAGE
@@ -55,6 +57,9 @@ class ScenarioShell:
         memory.vms = (VmMemory(ctx.segments["npt-0"].u64, vmc, 0, len(scenario.vcpu_ids)),)
         self.machine = ScenarioCpu(scenario, cpu, GuestMemory(memory, 0, ctx.topology.vm[0].memory_mib * 256))
         self.trace = ctx.trace(f"vcpu-{cpu}", PROC_VCPU + cpu)
+        self.log = GuestLog(
+            self.trace, self.vcpu_id, ready_by_interrupt=PROFILES[scenario.profile].ready_by_interrupt
+        )
         self.events: list[Event] = []
         self.ended_ns = 0
         """When the script ended the run."""
@@ -89,6 +94,7 @@ class ScenarioShell:
 
     # -- what the guest asks for -----------------------------------------------------------------------------
     def _say(self, said: Said) -> None:
+        self.log.say(said)
         self.events.append(Event(time.monotonic_ns(), "guest", said.name, self.vcpu_id, said.fields))
 
     def _leave(self, request: Leave) -> Back:
@@ -97,6 +103,7 @@ class ScenarioShell:
         while True:
             entry: wire.Entry = self._wait_for(wire.Entry)
             if entry.seq == request.record.seq:
+                self.trace.observe(entry.lamport)
                 return Back(request.ask, entry)
 
     def _spin(self, request: Spin) -> Spun:
@@ -156,6 +163,7 @@ class ScenarioShell:
 
     def _receive(self, timeout_ms: int, until_ns: int = 0) -> wire.Message | None:
         """A message, None = the time is over (``until_ns``: the exact end, monotonic). BYE and the abort flag leave."""
+        self.trace.tick()
         if self.control[CTL_ABORT]:
             raise _Leave
         if not self.socket.poll(timeout_ms) or (until_ns and time.monotonic_ns() >= until_ns):

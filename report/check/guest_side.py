@@ -35,10 +35,12 @@ from report.check.state import (
     V_INJ_KIND,
     V_INJ_QUEUED,
     V_INJ_TOKEN,
+    V_INTERRUPT,
     V_RECORDS,
     V_REPEATED,
     V_TOKEN_WORD,
     V_VCPU,
+    V_VECTOR,
     V_VM,
     V_WAKING_ALL,
     V_WORD,
@@ -51,6 +53,8 @@ WAIT_DUMMY: Final = 2
 WAKE_NODE: Final = 0
 WAKE_ADDED_DUMMY: Final = 1
 WAKE_BROADCAST: Final = 2
+NO_EVENT: Final[Any] = i64((1 << 63) - 1)
+"""Behind every `event_id`."""
 
 
 @kernel
@@ -64,7 +68,7 @@ def guest_runs(s: Tables, row: int, at: int, is_waking: bool) -> None:
         broken(s, row, NR[19], at, NONE, NONE)
     if s.v[row, V_WAKING_ALL] and not is_waking:
         s.v[row, V_WAKING_ALL] = 0
-        _all_woken(s, row, at)
+        _all_woken(s, row, at, NO_EVENT)
 
 
 @kernel
@@ -105,7 +109,11 @@ def on_g_interrupt(s: Tables, row: int, at: int, e: Any) -> None:
         if token:
             _recorded_ready(s, row, token)
         return
-    if s.config[C_MODE_I] or vector != VECTOR_PF:
+    if s.config[C_MODE_I]:
+        if vector == s.v[row, V_VECTOR] or s.v[row, V_VECTOR] == UNKNOWN:
+            s.v[row, V_INTERRUPT] = event_id_of(e)
+        return
+    if vector != VECTOR_PF:
         return
     injected = s.v[row, V_INJ_KIND] == INJ_READY
     hold(s, row, NR[16], injected or s.v[row, V_INJ_KIND] == UNKNOWN, at, NONE, token)
@@ -139,7 +147,8 @@ def on_g_clear(s: Tables, row: int, at: int, e: Any) -> None:
         s.v[row, V_TOKEN_WORD] = 0
         if s.v[row, V_BROADCAST]:
             s.v[row, V_BROADCAST] = 0
-            _all_woken(s, row, at)
+            # The word may be cleared late: who went to sleep behind the interrupt was not meant.
+            _all_woken(s, row, at, s.v[row, V_INTERRUPT])
             return
         k = find(s, row, token)
         if k >= 0:
@@ -150,11 +159,15 @@ def on_g_clear(s: Tables, row: int, at: int, e: Any) -> None:
 
 
 @kernel
-def _all_woken(s: Tables, row: int, at: int) -> None:
-    """I43, "all": after a broadcast nobody sleeps on this CPU."""
+def _all_woken(s: Tables, row: int, at: int, before: int) -> None:
+    """I43, "all": after a broadcast nobody sleeps on this CPU whose wait (an event of the same process) lies before this event."""
     s.checks[43] += 1
     for k in range(s.v[row, V_RECORDS]):
-        if s.t[row, k, T_FLAGS] & F_SLEEPS and s.t[row, k, T_NODE_CPU] == s.v[row, V_VCPU]:
+        if (
+            s.t[row, k, T_FLAGS] & F_SLEEPS
+            and s.t[row, k, T_NODE_CPU] == s.v[row, V_VCPU]
+            and s.t[row, k, T_SINCE] < before
+        ):
             broken(s, row, NR[43], at, s.t[row, k, T_SINCE], s.t[row, k, T_TOKEN])
 
 

@@ -134,8 +134,10 @@ class OnlineCheck:
         one.waiting = np.concatenate([one.waiting, events]) if len(one.waiting) else events
 
     # -- the end ---------------------------------------------------------------------------------------------------------
-    def finish(self, name: str, ended: str) -> Verdict:
-        """Check what is left when every process has gone; the verdict on the whole run. ended: as in the summary."""
+    def finish(self, name: str, ended: str, misbehaves: str = "") -> Verdict:
+        """Check what is left when every process has gone; the verdict on the whole run. ended: as in the summary. misbehaves: why
+        liveness is not to be judged.
+        """
         self._missing.clear()
         self._files_at_the_end()
         limit, before = self._last(), -1
@@ -143,7 +145,7 @@ class OnlineCheck:
             before = self.checked_upto
             self._check_upto(limit)
         notes, cut = self._losses()
-        cut = self._cut or cut or ("" if ended == FINISHED else f"the run ended as {ended!r}")
+        cut = self._cut or cut or ("" if ended == FINISHED else f"the run ended as {ended!r}") or misbehaves
         if not self._seen:
             cut = "no process recorded anything"
         verdict = self.checker.finish(name, cut=cut)

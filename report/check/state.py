@@ -105,7 +105,9 @@ V_BROADCAST: Final = 36
 V_AREA: Final = 37
 V_DONE_HALTED_NS: Final = 38
 """When a fetch ended while the vCPU was halted, 0: none since it was."""
-V_WORDS: Final = 39
+V_INTERRUPT: Final = 39
+"""`event_id` of the guest's last page-ready interrupt."""
+V_WORDS: Final = 40
 
 # -- a token -------------------------------------------------------------------------------------------------------------
 T_TOKEN: Final = 0

@@ -116,8 +116,11 @@ def leave(run_dir: Path, events: list[Event], **facts: Any) -> None:
     part.write(run_dir, "vcpu-0", events, cpu)
 
 
-def put_together(run_dir: Path, ended: str = "finished") -> Outcome:
-    result = RunResult({"ended": ended}, ["a detail"], ["line 1", "the last line"], None)
+def put_together(
+    run_dir: Path, ended: str = "finished", examples: dict[str, list[str]] | None = None
+) -> Outcome:
+    summary = {"ended": ended, "check": {"examples": examples or {}}}
+    result = RunResult(summary, ["a detail"], ["line 1", "the last line"], None)
     return scenario_real._put_together(shipped("one"), result, run_dir)
 
 
@@ -132,6 +135,19 @@ def test_surprises_and_disorderly_ends_are_differences(tmp_path: Path) -> None:
     assert "read of register en: 0x1, expected 0x0" in differences
     assert "the run ended: failed:vcpu-0 exited" in differences
     assert "sync: 2, expected 0" in differences
+
+
+def test_a_broken_invariant_is_a_difference(tmp_path: Path) -> None:
+    leave(tmp_path, [])
+    differences = put_together(tmp_path, examples={"I9": ["the rule", "the event"]}).differences
+    assert "I9 is violated: the rule; the event" in differences
+
+
+@pytest.mark.parametrize(
+    ("name", "good"), [("one", True), ("np_user_v3", True), ("no_ack_no_clr", False), ("clr_then_ack", False)]
+)
+def test_a_guest_that_misbehaves_is_not_held_to_liveness(name: str, good: bool) -> None:
+    assert (scenario_real.misbehaves(shipped(name)) == "") is good
 
 
 def test_processes_that_left_nothing(tmp_path: Path) -> None:

@@ -661,6 +661,25 @@ def test_the_dummy_of_a_sleeper_whom_a_broadcast_woke_is_kvms_own(profile: str) 
         assert numbers(story.check()) == (set() if late else {45})
 
 
+@pytest.mark.parametrize("profile", ["v3", "v7", "mainline"])
+@pytest.mark.parametrize("when", ["before", "behind"])
+def test_a_broadcast_is_for_those_who_sleep_when_it_is_taken(profile: str, when: str) -> None:
+    if profile != "mainline" and when == "behind":
+        pytest.skip("the word is cleared before anybody can sleep")
+    story = Story(profile)
+    story.boot()
+    story.add(Kind.ASYNC_PF_READY, 0, WAKE_ALL)
+    tokens = [story.asleep(1, 10)] if when == "before" else []
+    story.deliver(0, WAKE_ALL)
+    story.take_ready(0, WAKE_ALL)
+    tokens += [story.asleep(1, 10)] if when == "behind" else []
+    story.consumed(0, WAKE_ALL)
+    for token in tokens:
+        story.done(token)
+        story.told(token)
+    assert numbers(story.check()) == ({43} if when == "before" else set())
+
+
 def test_dummy_rules() -> None:
     story = Story()
     story.boot()
