@@ -31,7 +31,7 @@ LIFE = (
     (Kind.ASYNC_PF_COMPLETED, 1, 0, 0, 0), (Kind.REQ, 0, 2, 0, 0), (Kind.SLOT_READ0, 0, 4, 0, 0), (Kind.PREFAULT, 1, 0, 1, 0),
     (Kind.ASYNC_PF_READY, 1, 0, 0, 0), (Kind.SLOT_WRITE, 1, 4, None, 0), (Kind.APIC_ACCEPT_IRQ, 1, 0xF3, 0, 0),
     (Kind.G_IRQ, 0, 0xF3, 0, 0), (Kind.G_WAKE, 1, 1, 0, 0), (Kind.G_CLEAR, 1, 4, None, 0), (Kind.ACK, 0, 1, 0, 0),
-    (Kind.MSR_WR, 0, 0x4B564D07, 1, 0), (Kind.SWITCH, 0, 1, 1, 0), (Kind.G_RESUME, 1, 1, 0, 0),
+    (Kind.MSR_WR, 0, 0x4B564D07, 1, 0), (Kind.SWITCH, 0, 1, 1, 1), (Kind.G_RESUME, 1, 1, 0, 0),
 )  # fmt: skip
 """(kind, has the token, a, b, c); b None: the token."""
 BOOT = ((0x80F, 0x1FF), (0x4B564D06, 0xF3), (0x4B564D02, 0x9009))

@@ -42,7 +42,7 @@ class TraceSink(Protocol):
 class Accounting:
     """Counters (`VC_*`), histograms and trace of one vCPU. ``cause`` goes into every event until it is changed."""
 
-    __slots__ = ("_stats", "_vcpu_id", "_vm", "_words", "cause", "trace")
+    __slots__ = ("_stats", "_vcpu_id", "_vm", "_words", "cause", "interrupts", "trace")
 
     def __init__(
         self, vcpu_page: npt.NDArray[np.uint64], stats: StatsBlock, trace: TraceSink, vm: int, vcpu_id: int
@@ -52,6 +52,8 @@ class Accounting:
         self._vm = vm
         self._vcpu_id = vcpu_id
         self.trace = trace
+        self.interrupts = 0
+        """The CPU's interrupt flag, as far as kernel code goes."""
         self.cause = 0
 
     def add(self, counter: int, n: int = 1) -> None:

@@ -207,7 +207,10 @@ class AsyncPf:
             if cpu.irr:
                 yield from cpu.take_interrupts()
             else:
+                # The halt loop of wait(token): STI; HLT; CLI.
+                cpu.acc.interrupts = 1
                 yield from cpu.halt()
+                cpu.acc.interrupts = 0
         cpu.halting = outer
         if task >= 0 and not outer:
             cpu.task_store(task, T_STATE, TS_RUNNING)

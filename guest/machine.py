@@ -245,6 +245,7 @@ class GuestCpu(Machine):
             yield from self._deliver(entry)
         # Each CPU sets its own bit once, so adding is setting.
         self.kernel.add(K_ONLINE + self.config.vcpu_id // 64, 1 << (self.config.vcpu_id % 64))
+        self.acc.interrupts = 1
 
     def _power_down(self, *, abort: bool) -> None:
         self._note_end()
@@ -376,7 +377,7 @@ class GuestCpu(Machine):
         self.task_store(chosen, T_STATE, TS_RUNNING)
         if chosen != self._last:
             self.acc.add(VC_SWITCHES)
-            self.acc.event(Kind.SWITCH, 0, self._last + 1, chosen + 1)
+            self.acc.event(Kind.SWITCH, 0, self._last + 1, chosen + 1, self.acc.interrupts)
             self._last = chosen
             self.spend(self.config.switch_cost_ns)
         self.page.store(VP_TASK, chosen + 1)
@@ -419,6 +420,7 @@ class GuestCpu(Machine):
 
     def take_interrupts(self) -> Path:
         """Take what is pending, highest priority first. Interrupts are on when this is called, off in the handlers."""
+        before, self.acc.interrupts = self.acc.interrupts, 0
         while self.irr:
             vector = self.irr & IRQ_VECTOR
             self.irr >>= 8
@@ -433,12 +435,14 @@ class GuestCpu(Machine):
                 self.queue.tick(self.vclock_ns)
             elif vector == VECTOR_RESCHEDULE:
                 self.queue.note_wake()
+        self.acc.interrupts = before
 
     def halt(self) -> Path:
         """HLT with interrupts on: the idle loop and the halt loop of wait(token)."""
         if self.queue.current < 0:
             # Whatever runs next is a switch from idle.
             self._last = NOBODY
+        self.acc.event(Kind.G_HLT)
         entry = yield from self.exit(ExitReason.HLT, if_=1)
         yield from self._deliver(entry)
 
@@ -524,7 +528,9 @@ class GuestCpu(Machine):
         if entry.inject == Inject.NONE:
             return
         if entry.inject in (Inject.PF_NOT_PRESENT, Inject.PF_READY):
+            before, self.acc.interrupts = self.acc.interrupts, 0
             yield from self._apf.page_fault(entry.cr2)
+            self.acc.interrupts = before
         elif entry.inject == Inject.MACHINE_CHECK and self.queue.current >= 0 and not self.halting:
             task = self.queue.current
             self.acc.event(Kind.G_MACHINE_CHECK, 0, task + 1, entry.cr2)

@@ -63,6 +63,12 @@ WAKE_DUPLICATE: Final = 3
 """`variant` of G_WAKE events."""
 
 
+TABLE_WAIT: Final = 0
+TABLE_WAKE: Final = 1
+TABLE_WAKE_ALL: Final = 2
+"""`operation` of G_TABLE events."""
+
+
 class Woken(NamedTuple):
     """A sleeper that was unlinked, copied before its node could be used again."""
 
@@ -93,6 +99,7 @@ class Sleepers:
         port = self._port
         bucket = _bucket(token)
         yield "wait-lock"
+        self._acc.event(Kind.G_TABLE, token, TABLE_WAIT, self._acc.interrupts)
         yield from self._lock(bucket)
         link, found = self._find(bucket, token)
         yield "wait-looked"
@@ -119,6 +126,7 @@ class Sleepers:
     def wake(self, token: int) -> Path:
         """Unlink the node of ``token`` and return it as `Woken`; None when a dummy was left for a wait to come (spec §2.4)."""
         bucket = _bucket(token)
+        self._acc.event(Kind.G_TABLE, token, TABLE_WAKE, self._acc.interrupts)
         spare = -1
         for _ in range(RELAX_MAX):
             yield "wake-lock"
@@ -143,6 +151,7 @@ class Sleepers:
     def wake_all(self) -> Path:
         """Unlink all nodes of this CPU, free its dummies, return the list of `Woken` (spec §2.5)."""
         out: list[Woken] = []
+        self._acc.event(Kind.G_TABLE, 0, TABLE_WAKE_ALL, self._acc.interrupts)
         for index in range(BUCKETS):
             bucket = K_BUCKETS + index * BUCKET_WORDS
             # Nodes of this CPU were inserted by this CPU: it cannot miss one by looking before it locks.

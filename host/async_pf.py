@@ -135,7 +135,7 @@ class AsyncPf:
         """Queue one fault and start its worker; returns False when it must be handled synchronously (spec §3.2)."""
         work = work_args
         if self._profile.limit and self.queued >= self._profile.limit:
-            self._trace(Kind.SETUP_FAIL, work, a=1, b=work.gfn)
+            self._trace(Kind.SETUP_FAIL, work, a=1, b=work.gfn, c=self.queued)
             self._obs.count(HostCounter.SETUP_FAILED)
             return False
         work.id = self._next_work
@@ -215,5 +215,5 @@ class AsyncPf:
         self.queued -= 1
         self._obs.count(HostCounter.ELIDED)
 
-    def _trace(self, kind: Kind, work: Work, a: int = 0, b: int = 0) -> None:
-        self._obs.trace(kind, vcpu=self._vcpu_id, vm=self._vm, token=work.token, a=a, b=b)
+    def _trace(self, kind: Kind, work: Work, a: int = 0, b: int = 0, c: int = 0) -> None:
+        self._obs.trace(kind, vcpu=self._vcpu_id, vm=self._vm, token=work.token, a=a, b=b, c=c)

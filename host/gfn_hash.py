@@ -6,21 +6,29 @@ telling it again. Exactly as many slots as faults allowed, so it may be full; de
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
+from proto.events import Kind
 from proto.kvm import GFN_HASH_BITS, GFN_HASH_SLOTS, hash_32
 
 EMPTY: Final = -1
+ALL: Final = (1 << 64) - 1
+"""In place of a gfn that was taken out: every one."""
+Note = Callable[[Kind, int, int, int], None]
+"""(kind, a, b, c) of a trace event."""
 _MASK: Final = GFN_HASH_SLOTS - 1
 
 
 class GfnHash:
     """A set of gfns with KVM's slot order."""
 
-    __slots__ = ("slots",)
+    __slots__ = ("_note", "slots")
 
-    def __init__(self) -> None:
+    def __init__(self, note: Note = lambda *_: None) -> None:
+        """note: told of every entry that is put somewhere or taken out."""
         self.slots = [EMPTY] * GFN_HASH_SLOTS
+        self._note = note
 
     @staticmethod
     def home(gfn: int) -> int:
@@ -47,6 +55,7 @@ class GfnHash:
         for _ in range(GFN_HASH_SLOTS):
             if self.slots[slot] == EMPTY:
                 self.slots[slot] = gfn
+                self._note(Kind.HASH_SET, gfn, self.home(gfn), slot)
                 return
             slot = (slot + 1) & _MASK
         raise OverflowError(f"gfn hash full when adding {gfn:#x}")
@@ -57,6 +66,7 @@ class GfnHash:
         if hole < 0:
             return False
         self.slots[hole] = EMPTY
+        self._note(Kind.HASH_DROP, gfn, hole, 0)
         j = hole
         while True:
             j = (j + 1) & _MASK
@@ -67,8 +77,11 @@ class GfnHash:
             stays = hole < home <= j if hole <= j else home > hole or home <= j
             if not stays:
                 self.slots[hole], self.slots[j] = self.slots[j], EMPTY
+                self._note(Kind.HASH_SET, self.slots[hole], home, hole)
                 hole = j
 
     def clear(self) -> None:
         """Empty it (queue flushed)."""
+        if any(gfn != EMPTY for gfn in self.slots):
+            self._note(Kind.HASH_DROP, ALL, 0, 0)
         self.slots = [EMPTY] * GFN_HASH_SLOTS

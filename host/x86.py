@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 REQ_APF_HALT: Final = 1
 REQ_APF_READY: Final = 2
 
+DIRECT_MAP: Final = 1
+"""Nested paging: one MMU context per guest, whatever CR3 holds."""
 CANCEL_DISABLE: Final = 1
 CANCEL_RESET: Final = 2
 CANCEL_DESTROY: Final = 3
@@ -48,7 +50,7 @@ class X86:
         self.host_async = host_async
         """False in mode sync: the host never goes async."""
         self.apf = AsyncPf(machine.cpu, machine.vm, machine.vcpu_id, profile, self, machine.emit, machine.obs)
-        self.hash = GfnHash()
+        self.hash = GfnHash(lambda kind, a, b, c: self.trace(kind, a=a, b=b, c=c))
         self.id = 0
         self.msr_en = 0
         self.msr_int = 0
@@ -110,7 +112,7 @@ class X86:
 
     def not_present(self, work: Work) -> Path:
         """Announce the fault: shared word and #PF where it can be delivered, otherwise the synthetic halt."""
-        self.trace(Kind.ASYNC_PF_NOT_PRESENT, token=work.token, a=work.gpa)
+        self.trace(Kind.ASYNC_PF_NOT_PRESENT, token=work.token, a=work.gpa, b=work.cr3, c=DIRECT_MAP)
         if self.profile.gfn_hash:
             self.hash.add(work.gfn)
         if self.profile.elide:
@@ -184,6 +186,7 @@ class X86:
         self.m.obs.count(HostCounter.PREFAULTS)
         if answer.value < Found.NEEDS_IO:
             self.m.obs.record(HostHist.FAULT, self.m.now_ns - work.started_ns)
+        self.trace(Kind.MMU, token=work.token, a=self.m.last_exit.cr3, b=DIRECT_MAP)
         self.trace(Kind.PREFAULT, token=work.token, a=work.gpa, b=work.gfn, c=answer.value)
 
     def page_present(self, work: Work) -> Path:
@@ -191,7 +194,7 @@ class X86:
         token = TOKEN_WAKE_ALL if work.wakeup_all else work.token
         if self.profile.gfn_hash and not work.wakeup_all:
             self.hash.remove(work.gfn)
-        self.trace(Kind.ASYNC_PF_READY, token=token, a=work.gpa)
+        self.trace(Kind.ASYNC_PF_READY, token=token, a=work.gpa, b=self.apf.queued)
         wanted = work.wakeup_all or work.announced or not self.profile.ready_needs_announced
         if wanted and self.enabled:
             yield "page_present.deliver"

@@ -77,6 +77,17 @@ class Kind(IntEnum):
     """The vCPU waits in the host for the page."""
     SYNC_DONE = 44
     ALLOC_TOKEN = 45
+    AREA_CACHE = 49
+    """Before a write of the shared area: what its translation is worth. dirty: the page is marked so."""
+    STATE_SAVE = 56
+    """A vCPU's state is saved: what is read of it. mp_state as KVM_GET_MP_STATE gives it; halted: in the synthetic halt."""
+    STATE_RESTORE = 57
+    HASH_SET = 60
+    """An entry of the gfn hash stands here now, new or moved."""
+    HASH_DROP = 61
+    """An entry of the gfn hash was taken out; gfn all ones: the hash was emptied."""
+    MMU = 62
+    """Before a prefault: the MMU context in which it happens."""
 
     G_NP = 64
     G_WAIT = 65
@@ -93,6 +104,8 @@ class Kind(IntEnum):
     IPI = 75
     G_HLT = 76
     G_MACHINE_CHECK = 77
+    G_TABLE = 90
+    """The sleeper table is worked on: 0 wait, 1 wake, 2 wake-all; interrupts: the interrupt flag."""
 
     SWAP_IN = 96
     SWAP_IN_DONE = 97
@@ -119,8 +132,8 @@ class Kind(IntEnum):
 
 FIELDS: Final[dict[Kind, tuple[str, ...]]] = {
     Kind.TRY_ASYNC_GET_PAGE: ("gva", "gfn"),
-    Kind.ASYNC_PF_NOT_PRESENT: ("gva",),
-    Kind.ASYNC_PF_READY: ("gva",),
+    Kind.ASYNC_PF_NOT_PRESENT: ("gva", "cr3", "direct_map"),
+    Kind.ASYNC_PF_READY: ("gva", "queued"),
     Kind.ASYNC_PF_COMPLETED: ("address", "gva"),
     Kind.ASYNC_PF_REPEATED_FAULT: ("gva", "gfn"),
     Kind.INJ_EXCEPTION: ("vector", "error_code", "cr2"),
@@ -131,7 +144,7 @@ FIELDS: Final[dict[Kind, tuple[str, ...]]] = {
     Kind.EXIT: ("reason", "gpa", "gva"),
     Kind.ENTRY: ("injected", "flush_gen"),
     Kind.CANCEL: ("why", "gfn"),
-    Kind.SETUP_FAIL: ("why", "gfn"),
+    Kind.SETUP_FAIL: ("why", "gfn", "queued"),
     Kind.INJ: ("kind", "vector_or_cr2", "state"),
     Kind.SLOT_WRITE: ("offset", "value", "old"),
     Kind.SLOT_READ0: ("offset",),
@@ -144,6 +157,12 @@ FIELDS: Final[dict[Kind, tuple[str, ...]]] = {
     Kind.SYNC_FAULT: ("why", "gfn"),
     Kind.SYNC_DONE: ("result", "gfn"),
     Kind.ALLOC_TOKEN: ("gva", "gfn"),
+    Kind.AREA_CACHE: ("cached_generation", "current_generation", "dirty"),
+    Kind.STATE_SAVE: ("mp_state", "halted", "msr_en"),
+    Kind.STATE_RESTORE: ("mp_state", "halted", "msr_en"),
+    Kind.HASH_SET: ("gfn", "home", "slot"),
+    Kind.HASH_DROP: ("gfn", "slot"),
+    Kind.MMU: ("cr3", "direct_map"),
     Kind.G_NP: ("task", "cr2", "cpl"),
     Kind.G_WAIT: ("task", "node", "variant"),
     Kind.G_SLEEP: ("task", "node"),
@@ -154,10 +173,11 @@ FIELDS: Final[dict[Kind, tuple[str, ...]]] = {
     Kind.TASK_DONE: ("task", "ops"),
     Kind.TASK_KILLED: ("task", "reason", "gva"),
     Kind.GUEST_FAULT: ("task", "gva", "flags"),
-    Kind.SWITCH: ("task_from", "task_to"),
+    Kind.SWITCH: ("task_from", "task_to", "interrupts"),
     Kind.IPI: ("to_vcpu", "vector", "value"),
     Kind.G_HLT: (),
     Kind.G_MACHINE_CHECK: ("task", "gva"),
+    Kind.G_TABLE: ("operation", "interrupts"),
     Kind.SWAP_IN: ("hvp", "slot", "frame"),
     Kind.SWAP_IN_DONE: ("hvp", "slot", "frame"),
     Kind.SWAP_OUT: ("hvp", "slot", "frame"),

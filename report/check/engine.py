@@ -61,6 +61,7 @@ from report.check.state import (
     V_EPOCH,
     V_HALT_REQ,
     V_HALTED,
+    V_HLT,
     V_INJ_KIND,
     V_LAPIC,
     V_LAST_ID,
@@ -77,6 +78,16 @@ from report.check.state import (
     V_VM,
     V_WRITTEN,
     Tables,
+    i64,
+)
+from report.check.state_side import (
+    on_area_cache,
+    on_g_table,
+    on_hash_drop,
+    on_hash_set,
+    on_mmu,
+    on_state_save,
+    prefault_context,
 )
 
 K_TRY: Final = int(Kind.TRY_ASYNC_GET_PAGE)
@@ -95,6 +106,11 @@ K_REQ: Final = int(Kind.REQ)
 K_HALT_ON: Final = int(Kind.HALT_ON)
 K_HALT_OFF: Final = int(Kind.HALT_OFF)
 K_PREFAULT: Final = int(Kind.PREFAULT)
+K_AREA_CACHE: Final = int(Kind.AREA_CACHE)
+K_STATE_SAVE: Final = int(Kind.STATE_SAVE)
+K_HASH_SET: Final = int(Kind.HASH_SET)
+K_HASH_DROP: Final = int(Kind.HASH_DROP)
+K_MMU: Final = int(Kind.MMU)
 K_G_NP: Final = int(Kind.G_NP)
 K_G_WAIT: Final = int(Kind.G_WAIT)
 K_G_WAKE: Final = int(Kind.G_WAKE)
@@ -105,6 +121,8 @@ K_TASK_DONE: Final = int(Kind.TASK_DONE)
 K_TASK_KILLED: Final = int(Kind.TASK_KILLED)
 K_SWITCH: Final = int(Kind.SWITCH)
 K_IPI: Final = int(Kind.IPI)
+K_G_HLT: Final = int(Kind.G_HLT)
+K_G_TABLE: Final = int(Kind.G_TABLE)
 K_STOP: Final = int(Kind.STOP)
 GUEST: Final = 64
 MEMORY: Final = 96
@@ -160,7 +178,7 @@ def _new_row(s: Tables, vm: int, vcpu: int) -> int:
 
 @kernel
 def _host_event(s: Tables, row: int, i: int, e: Any, kind: int) -> None:
-    if s.v[row, V_DESTROYED] and kind != K_CANCEL:
+    if s.v[row, V_DESTROYED] and kind not in (K_CANCEL, K_HASH_DROP):
         broken(s, row, NR[46], i, NONE, e["token"])
     if kind in (K_REQ, K_HALT_ON, K_HALT_OFF, K_TRY, K_REPEATED):
         _run_loop_event(s, row, i, e, kind)
@@ -181,6 +199,9 @@ def _host_event(s: Tables, row: int, i: int, e: Any, kind: int) -> None:
     elif kind == K_PREFAULT:
         s.checks[18] += 1
         s.v[row, V_PREFAULT] = 1
+        prefault_context(s, row, i, i64(e["token"]))
+    elif kind >= K_AREA_CACHE:
+        _state_event(s, row, i, e, kind)
     else:
         _rare_event(s, row, i, e, kind)
 
@@ -213,9 +234,29 @@ def _rare_event(s: Tables, row: int, i: int, e: Any, kind: int) -> None:
 
 
 @kernel
+def _state_event(s: Tables, row: int, i: int, e: Any, kind: int) -> None:
+    """Kinds from AREA_CACHE on: what the host keeps for itself."""
+    if kind == K_MMU:
+        on_mmu(s, row, e)
+    elif kind == K_HASH_SET:
+        on_hash_set(s, row, i, e)
+    elif kind == K_HASH_DROP:
+        on_hash_drop(s, row, i, e)
+    elif kind == K_AREA_CACHE:
+        on_area_cache(s, row, e)
+    elif kind == K_STATE_SAVE:
+        on_state_save(s, row, i, e)
+
+
+@kernel
 def _guest_event(s: Tables, row: int, i: int, e: Any, kind: int) -> None:
-    s.v[row, V_SPIN] = 0
-    guest_runs(s, row, i, kind in (K_G_WAKE, K_IPI))
+    # To halt again is not to get anywhere.
+    if kind != K_G_HLT:
+        s.v[row, V_SPIN] = 0
+    guest_runs(s, row, i, kind in (K_G_WAKE, K_IPI, K_G_TABLE))
+    if kind == K_G_HLT:
+        s.v[row, V_HLT] = 1
+        return
     if kind == K_G_NP:
         on_g_not_present(s, row, i, e)
     elif kind == K_G_WAIT:
@@ -230,6 +271,8 @@ def _guest_event(s: Tables, row: int, i: int, e: Any, kind: int) -> None:
         on_g_clear(s, row, i, e)
     elif kind == K_SWITCH:
         on_switch(s, row, i, e)
+    elif kind == K_G_TABLE:
+        on_g_table(s, row, i, e)
     elif kind in (K_TASK_DONE, K_TASK_KILLED):
         on_task_end(s, row, i, e)
 
@@ -255,7 +298,7 @@ def check_end(s: Tables, finished: bool) -> None:
                 broken(s, row, NR[45], AT_END, s.t[row, k, T_SINCE], s.t[row, k, T_TOKEN])
             if s.config[C_RECORDED] and flags & F_READY and not flags & (F_DONE | F_CANCEL):
                 broken(s, row, NR[20], AT_END, s.t[row, k, T_SINCE], s.t[row, k, T_TOKEN])
-        if s.v[row, V_HALTED] and done:
+        if (s.v[row, V_HALTED] or s.v[row, V_HLT]) and done:
             broken(s, row, NR[38], AT_END, NONE, NONE)
         if s.v[row, V_ACCEPT] and s.config[C_MODE_I]:
             broken(s, row, NR[26], AT_END, NONE, NONE)

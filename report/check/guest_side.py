@@ -30,8 +30,10 @@ from report.check.state import (
     T_TOKEN,
     UNKNOWN,
     V_BROADCAST,
+    V_DONE_HALTED_NS,
     V_HALTED,
     V_HALTING,
+    V_HLT,
     V_INJ_KIND,
     V_INJ_QUEUED,
     V_INJ_TOKEN,
@@ -61,6 +63,9 @@ NO_EVENT: Final[Any] = i64((1 << 63) - 1)
 def guest_runs(s: Tables, row: int, at: int, is_waking: bool) -> None:
     """What every event of the guest says: its CPU was entered."""
     s.v[row, V_INJ_QUEUED] = 0
+    if s.v[row, V_HLT]:
+        s.v[row, V_HLT] = 0
+        s.v[row, V_DONE_HALTED_NS] = 0
     hold(s, row, NR[35], s.v[row, V_HALTED] == 0, at, NONE, NONE)
     was_accepted(s, row, at)
     if s.v[row, V_REPEATED]:
@@ -276,6 +281,7 @@ def on_switch(s: Tables, row: int, at: int, e: Any) -> None:
     """A context that halts keeps its CPU (I41); a sleeping task is not chosen (I40, as above)."""
     task = i64(e["b"])
     hold(s, row, NR[41], s.v[row, V_HALTING] == 0, at, NONE, NONE)
+    hold(s, row, NR[42], e["c"] != 0, at, NONE, NONE)
     for k in range(s.v[row, V_RECORDS]):
         flags = s.t[row, k, T_FLAGS]
         if flags & F_SLEEPS and not flags & F_HALTS and s.t[row, k, T_TASK] == task:

@@ -19,7 +19,7 @@ from report.check.profiles import (
     C_RECORDED,
     C_SKIP_ZERO,
 )
-from report.check.ready_side import WAKE_ALL, delivered
+from report.check.ready_side import WAKE_ALL, count_of_queued, delivered
 from report.check.records import (
     add_record,
     broken,
@@ -38,6 +38,8 @@ from report.check.state import (
     NONE,
     NR,
     RING,
+    T_CR3,
+    T_DIRECT,
     T_EPOCH,
     T_FLAGS,
     T_GFN,
@@ -49,6 +51,7 @@ from report.check.state import (
     V_EPOCH,
     V_HALT_REQ,
     V_HALTED,
+    V_HLT,
     V_INJ_KIND,
     V_INJ_QUEUED,
     V_INJ_TOKEN,
@@ -158,6 +161,7 @@ def on_setup_fail(s: Tables, row: int, at: int, e: Any) -> None:
     s.v[row, V_TRY_GFN] = UNKNOWN
     _token_format(s, row, at, token)
     if e["a"] == FAIL_LIMIT and not s.config[C_JOINED]:
+        count_of_queued(s, row, at, i64(e["c"]), token)
         queued = s.v[row, V_LIVE] + s.v[row, V_WAKEALL]
         hold(s, row, NR[5], queued >= s.config[C_LIMIT], at, NONE, token)
     if gfn != UNKNOWN and s.config[C_HALT] and find_live_gfn(s, row, gfn) >= 0:
@@ -193,6 +197,8 @@ def _new_item(s: Tables, row: int, e: Any, k: int, token: int, gfn: int) -> None
     s.t[row, k, T_FLAGS] |= F_NP
     s.t[row, k, T_GFN] = gfn
     s.t[row, k, T_GVA] = i64(e["a"])
+    s.t[row, k, T_CR3] = i64(e["b"])
+    s.t[row, k, T_DIRECT] = i64(e["c"])
     s.v[row, V_LIVE] += 1
     s.v[row, V_NP_TOKEN] = token
 
@@ -290,6 +296,7 @@ def on_unhalt(s: Tables, row: int, at: int, e: Any) -> None:
         waited = i64(e["t_ns"]) - s.v[row, V_DONE_HALTED_NS]
         hold(s, row, NR[38], waited <= s.config[C_BOUND_NS], at, NONE, NONE)
     s.v[row, V_HALTED] = 0
+    s.v[row, V_HLT] = 0
     s.v[row, V_DONE_HALTED_NS] = 0
     s.v[row, V_SPIN] += 1
     hold(s, row, NR[49], s.v[row, V_SPIN] != SPIN_MAX, at, NONE, NONE)

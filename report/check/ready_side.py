@@ -8,6 +8,7 @@ from proto.jit import lean_kernel as kernel
 from report.check.profiles import (
     C_BOUND_NS,
     C_JOINED,
+    C_LIMIT,
     C_MODE_I,
     C_RECORDED,
     C_UNORDERED,
@@ -38,6 +39,7 @@ from report.check.state import (
     T_DONE_SEQ,
     T_EPOCH,
     T_FLAGS,
+    T_GFN,
     T_GVA,
     T_SINCE,
     UNKNOWN,
@@ -50,6 +52,7 @@ from report.check.state import (
     V_EN,
     V_EPOCH,
     V_HALTED,
+    V_HLT,
     V_LAPIC,
     V_LIVE,
     V_PREFAULT,
@@ -66,6 +69,7 @@ from report.check.state import (
     Tables,
     i64,
 )
+from report.check.state_side import area_translation, hash_is_right
 
 WAKE_ALL: Final = 0xFFFF_FFFF
 AREA_FLAGS: Final = 0
@@ -88,7 +92,7 @@ def on_completed(s: Tables, row: int, at: int, e: Any) -> None:
     s.t[row, k, T_FLAGS] |= F_DONE
     s.t[row, k, T_DONE_SEQ] = s.v[row, V_DONE_SEQ]
     s.t[row, k, T_DONE_NS] = i64(e["t_ns"])
-    if s.v[row, V_HALTED]:
+    if s.v[row, V_HALTED] or s.v[row, V_HLT]:
         s.checks[38] += 1
         if not s.v[row, V_DONE_HALTED_NS]:
             s.v[row, V_DONE_HALTED_NS] = i64(e["t_ns"])
@@ -133,6 +137,7 @@ def on_ready(s: Tables, row: int, at: int, e: Any) -> None:
     if s.config[C_MODE_I] and s.v[row, V_EN] == 1:
         hold(s, row, NR[26], s.v[row, V_LAPIC] != 0, at, NONE, token)
     s.v[row, V_RD_TOKEN], s.v[row, V_RD_INJECTED] = token, 0
+    count_of_queued(s, row, at, i64(e["b"]), token)
     if token == WAKE_ALL:
         s.v[row, V_WAKEALL] = 0
         return
@@ -151,7 +156,16 @@ def on_ready(s: Tables, row: int, at: int, e: Any) -> None:
     s.v[row, V_RD_SINCE] = since
     s.t[row, k, T_FLAGS] = flags | F_READY
     s.v[row, V_LIVE] -= 1
+    hash_is_right(s, row, at, s.t[row, k, T_GFN], token)
     close_if_over(s, row, k)
+
+
+@kernel
+def count_of_queued(s: Tables, row: int, at: int, queued: int, token: int) -> None:
+    """I5. A broadcast is not queued where something was done already, which may be logged a moment later. 0: the log does not say."""
+    if queued and s.config[C_LIMIT] and not s.config[C_JOINED]:
+        live, broadcast = s.v[row, V_LIVE], s.v[row, V_WAKEALL]
+        hold(s, row, NR[5], live <= queued <= live + broadcast, at, NONE, token)
 
 
 @kernel
@@ -263,6 +277,7 @@ def on_slot_write(s: Tables, row: int, at: int, e: Any) -> None:
         s.v[row, V_WRITTEN] = 0
     if old == NOT_BACKED:
         return
+    area_translation(s, row, at, value)
     if offset == AREA_FLAGS:
         hold(s, row, NR[15], old == 0 and s.v[row, V_WORD] == 0, at, NONE, value)
         s.v[row, V_WORD] = value

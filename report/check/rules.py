@@ -28,9 +28,8 @@ SAFETY, LIVENESS = "safety", "liveness"
 class Rule(NamedTuple):
     """One invariant.
 
-    absent: why the other profiles do not have it. unseen: why events do not show it at all. part: what of it is checked in a run when
-    not all of it is. recorded: None = as in a run, "" = as far as in a run but ... see `part`; otherwise why a recorded kernel's
-    events do not show it; recorded_part: what of it is checked there.
+    absent: why the other profiles do not have it. part: what of it is checked in a run when not all of it is. recorded: "" = as in a
+    run, as far as `recorded_part` says; otherwise why a recorded kernel's events do not show it.
     """
 
     number: int
@@ -38,7 +37,6 @@ class Rule(NamedTuple):
     profiles: tuple[str, ...] = ALL
     absent: str = ""
     kind: str = SAFETY
-    unseen: str = ""
     part: str = ""
     recorded: str = ""
     recorded_part: str = ""
@@ -47,8 +45,7 @@ class Rule(NamedTuple):
         """Why it is skipped for such events; "" if it is checked."""
         if profile not in self.profiles:
             return f"not in profile {profile}: {self.absent}"
-        hidden = self.unseen or (self.recorded if recorded else "")
-        return f"not visible: {hidden}" if hidden else ""
+        return f"not visible: {self.recorded}" if recorded and self.recorded else ""
 
     def checked_part(self, *, recorded: bool) -> str:
         """What of it is checked, "" = all."""
@@ -59,7 +56,7 @@ _AREA: Final = "no tracepoint of a kernel shows the shared area"
 _STATE: Final = "the tracepoint of an injection holds no guest state"
 _HALTS: Final = "no tracepoint shows the synthetic halt"
 _SLEEPERS: Final = "the guest's log does not show its sleeper table"
-_CR3: Final = "no event holds the MMU context; with nested paging there is one per guest"
+_CR3: Final = "no tracepoint holds the MMU context; with nested paging there is one per guest"
 
 RULES: Final = (
     Rule(1, "two unfinished faults of a VM never share a token"),
@@ -69,13 +66,12 @@ RULES: Final = (
          "token 0 is harmless where ready events are #PFs"),
     Rule(4, "a vCPU has at most 64 faults outstanding", FROM_V6, "it has no bound"),
     Rule(5, "the count of queued items is right", FROM_V6, "it has no bound, so nothing shows the count",
-         part="a set-up fails for the limit only when that many are outstanding",
          recorded="failed set-ups leave no tracepoint"),
     Rule(6, "the gfn hash holds exactly the pages of live items", FROM_V6, NO_HASH,
-         part="a fault called repeated is on a page with a live item"),
+         recorded_part="a fault called repeated is on a page with a live item"),
     Rule(7, "no page has two live items on one vCPU", FROM_V6, NO_HASH),
     Rule(8, "every entry of the gfn hash can be found", FROM_V6, NO_HASH,
-         unseen="no event holds positions in the hash; a lost entry shows as I7"),
+         recorded="no tracepoint shows positions in the hash; a lost entry shows as I7"),
     Rule(9, "not-present is injected only with interrupts allowed (v3: where it sends to kernel mode)", recorded=_STATE),
     Rule(10, "not-present is injected only when no other exception or event is pending", recorded=_STATE,
          part="pending exceptions; events to be injected again are in no event"),
@@ -103,12 +99,12 @@ RULES: Final = (
     Rule(27, "ready is injected only with interrupts allowed and no exception queued", MODE_E, BY_INTERRUPT,
          recorded=_STATE),
     Rule(28, "a page leaves the hash before its ready event or with it", FROM_V6, NO_HASH,
-         part="no fault is called repeated after its page's ready event"),
-    Rule(29, "a prefault happens in the MMU context of the fault", unseen=_CR3),
+         recorded_part="no fault is called repeated after its page's ready event"),
+    Rule(29, "a prefault happens in the MMU context of the fault", recorded=_CR3),
     Rule(30, "the host writes the shared area only while enabled", recorded=_AREA),
     Rule(31, "the host writes only the words of the shared area that the profile defines", recorded=_AREA),
     Rule(32, "writes of the shared area use the current memslots and mark the page dirty",
-         unseen="no event holds the generation of a translation or dirty bits"),
+         recorded=_AREA),
     Rule(33, "writes of the MSRs are accepted and refused by table G",
          part="all of it but the address: an enable may be refused because no memslot backs it"),
     Rule(34, "disabling leaves nothing behind: no item, no completion, no worker", FROM_V6,
@@ -116,14 +112,13 @@ RULES: Final = (
     Rule(35, "the guest executes nothing in a synthetic halt", FROM_V6, NO_HALT, recorded=_HALTS),
     Rule(36, "a synthetic halt is asked for only while a fault is outstanding", FROM_V6, NO_HALT, recorded=_HALTS),
     Rule(37, "the synthetic halt is invisible when the state is saved", FROM_V6, NO_HALT,
-         unseen="no event shows what a save reads"),
-    Rule(38, "a vCPU with completions to take is never left blocked", part="in a synthetic halt; HLT leaves no event",
-         recorded=_HALTS),
+         recorded="no tracepoint shows what a save reads"),
+    Rule(38, "a vCPU with completions to take is never left blocked", recorded=_HALTS),
     Rule(39, "at most one node per token; a dummy only where the wake came first", recorded=_SLEEPERS),
     Rule(40, "a task runs no user code between its wait and its wake", recorded=_SLEEPERS),
     Rule(41, "a context that must not sleep never switches", part="until its node is taken out", recorded=_SLEEPERS),
     Rule(42, "tasks are switched with interrupts on, the sleeper table is changed with interrupts off",
-         unseen="no event holds the interrupt flag of kernel code"),
+         recorded="no event holds the interrupt flag of kernel code"),
     Rule(43, "a broadcast on a CPU wakes all sleepers of that CPU and no others", recorded=_SLEEPERS),
     Rule(44, "no node outlives its task", recorded=_SLEEPERS),
     Rule(45, "when all is quiet the sleeper table is empty and no dummy is left", kind=LIVENESS, recorded=_SLEEPERS),

@@ -33,6 +33,8 @@ KEEP: Final = 5
 """Broken events kept for each invariant."""
 RING: Final = 64
 """Closed tokens remembered per vCPU: as many as can be outstanding."""
+HASH_SLOTS: Final = 64
+"""Of the gfn hash (spec §0.6)."""
 VCPUS_MAX: Final = 4096
 """A token has 12 bits for the vCPU's id (spec §0.5)."""
 UNKNOWN: Final = -1
@@ -107,7 +109,12 @@ V_DONE_HALTED_NS: Final = 38
 """When a fetch ended while the vCPU was halted, 0: none since it was."""
 V_INTERRUPT: Final = 39
 """`event_id` of the guest's last page-ready interrupt."""
-V_WORDS: Final = 40
+V_HLT: Final = 40
+"""The guest has executed HLT and nothing has happened since."""
+V_MMU: Final = 41
+V_CACHE: Final = 42
+"""What was noted for the next prefault, and for the next write of the shared area (state_side.py); 0: never anything."""
+V_WORDS: Final = 43
 
 # -- a token -------------------------------------------------------------------------------------------------------------
 T_TOKEN: Final = 0
@@ -122,7 +129,10 @@ T_NODE_CPU: Final = 7
 T_TASK: Final = 8
 T_SINCE: Final = 9
 """`event_id` of the event that made the record, then of the wait."""
-T_WORDS: Final = 10
+T_CR3: Final = 10
+T_DIRECT: Final = 11
+"""MMU context of the fault."""
+T_WORDS: Final = 12
 
 F_NP: Final = 1
 F_INJ: Final = 2
@@ -154,7 +164,9 @@ their last exit.
 """
 G_FOUND: Final = 2
 """Rows of `found` in use."""
-G_WORDS: Final = 3
+G_HASHED: Final = 3
+"""The log holds changes of the gfn hash."""
+G_WORDS: Final = 4
 
 FOUND_INV: Final = 0
 FOUND_AT: Final = 1
@@ -179,6 +191,8 @@ class Tables(NamedTuple):
     """[rows, records, T_WORDS]"""
     ring: I64
     """[rows, RING, 3]: token, GONE_*, gfn"""
+    hash: I64
+    """[rows, HASH_SLOTS]: gfn, UNKNOWN: empty"""
     rows_of: I32
     """[vms, VCPUS_MAX]"""
     config: I64
@@ -200,6 +214,7 @@ def fresh_tables(config: I64, rows: int = FIRST_ROWS, records: int = FIRST_RECOR
         np.zeros((rows, V_WORDS), np.int64),
         np.zeros((rows, records, T_WORDS), np.int64),
         np.full((rows, RING, 3), UNKNOWN, np.int64),
+        np.full((rows, HASH_SLOTS), UNKNOWN, np.int64),
         np.full((1, VCPUS_MAX), UNKNOWN, np.int32),
         config,
         np.zeros(G_WORDS, np.int64),
@@ -227,6 +242,7 @@ def grown(tables: Tables) -> Tables:
             v=np.concatenate([tables.v, np.zeros_like(tables.v)]),
             t=np.concatenate([tables.t, np.zeros_like(tables.t)]),
             ring=np.concatenate([tables.ring, ring]),
+            hash=np.concatenate([tables.hash, np.full((rows, HASH_SLOTS), UNKNOWN, np.int64)]),
         )
     if tables.v[:, V_RECORDS].max() >= records:
         tables = tables._replace(t=np.concatenate([tables.t, np.zeros_like(tables.t)], axis=1))

@@ -141,7 +141,7 @@ class Story:
 
     def resume(self, token: int, cpu: int = 0, *, task: int = 1) -> None:
         """Its task runs again."""
-        self.add(Kind.SWITCH, cpu, a=0, b=task)
+        self.add(Kind.SWITCH, cpu, a=0, b=task, c=1)
         self.add(Kind.G_RESUME, cpu, token, a=task)
 
     def life(self, number: int, gfn: int, cpu: int = 0, *, task: int = 1) -> int:

@@ -343,7 +343,7 @@ def test_the_text_shows_what_matters() -> None:
         "NOT KEPT, the slowest vCPU executed 90.0 % of its time",
         "3 restarts",
         "work per 100 ms: - up, 1.0 down",
-        "12,345 events (0 during the run): 43 invariants held, 1 violated, 6 skipped",
+        "12,345 events (0 during the run): 48 invariants held, 1 violated, 1 skipped",
         "VIOLATED I22 (3): what it says",
         "the event",
         "a note",
