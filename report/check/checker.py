@@ -15,6 +15,7 @@ import numpy as np
 
 from proto.errors import UserError
 from proto.trace import Events, Kind, event_dicts
+from proto.units import MAX_VCPUS
 from report.check.engine import check_end, check_events
 from report.check.profiles import BOUND_NS, PROFILE_NAMES, config_of
 from report.check.rules import LIVENESS, RULES, Rule
@@ -35,6 +36,8 @@ from report.check.state import (
 from report.check.verdict import HELD, SKIPPED, VIOLATED, Finding, Verdict
 
 SEQ_BITS: Final = 32
+VMS_MAX: Final = MAX_VCPUS
+"""Each VM of a run has a vCPU."""
 STOPPED_IN_TIME: Final = 1
 
 
@@ -75,13 +78,18 @@ class Checker:
         return int(self._tables.broken.sum())
 
     def feed(self, events: Events) -> None:
-        """Check the next events, dtype EVENT, in merged order. UserError for a vCPU that no token can name."""
+        """Check the next events, dtype EVENT, in merged order. UserError for a vCPU that no token can name, and for a VM
+        that no run has.
+        """
         if not len(events):
             return
         highest = int(events["vcpu"].max())
         if highest >= VCPUS_MAX:
             raise UserError("impossible vCPU in an event", found=highest, allowed=f"0 to {VCPUS_MAX - 1}")
-        self._tables = with_vms(self._tables, int(events["vm"].max()) + 1)
+        vm = int(events["vm"].max())
+        if vm >= VMS_MAX:
+            raise UserError("impossible VM in an event", found=vm, allowed=f"0 to {VMS_MAX - 1}")
+        self._tables = with_vms(self._tables, vm + 1)
         start = 0
         while (start := check_events(self._tables, events, start)) < len(events):
             self._tables = grown(self._tables)

@@ -123,6 +123,9 @@ def test_a_vcpu_that_no_token_can_name_is_refused() -> None:
     events["kind"], events["vcpu"] = Kind.REQ, 4096
     with pytest.raises(UserError, match="impossible vCPU"):
         Checker("mainline").feed(events)
+    events["vcpu"], events["vm"] = 0, 1024
+    with pytest.raises(UserError, match="impossible VM"):
+        Checker("mainline").feed(events)
     with pytest.raises(UserError, match="unknown profile"):
         Checker("v6")
 
@@ -260,6 +263,45 @@ def test_a_cut_file_is_checked_up_to_the_cut(tmp_path: Path) -> None:
     assert verdict.events == last < len(_two_vcpus(20).rows)
     assert any("10 of" in note for note in verdict.notes)
     assert any(f"checked up to Lamport counter {last}" in note for note in verdict.notes)
+
+
+def test_a_file_cut_at_any_byte_is_checked_up_to_the_cut(tmp_path: Path) -> None:
+    story = Story()
+    story.boot()
+    story.life(1, 10)
+    _write(tmp_path, story)
+    path = tmp_path / "events" / "host.bin"
+    data = path.read_bytes()
+    for size in [*range(0, HEADER_BYTES, 113), *range(HEADER_BYTES, len(data) + 1)]:
+        path.write_bytes(data[:size])
+        verdict = check_run(tmp_path)
+        assert verdict.ok, size
+        whole = size == len(data)
+        assert verdict.liveness is whole
+        assert any(f"cut at byte {size}" in note for note in verdict.notes) is not whole
+        assert (verdict.events == len(story.rows)) is whole
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    changes=st.lists(st.tuples(st.integers(0, 4096 + 60 * 64), st.integers(0, 255)), min_size=1, max_size=6)
+)
+def test_a_damaged_file_is_refused_or_judged_never_crashed_on(
+    tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[int, int]]
+) -> None:
+    folder = tmp_path_factory.mktemp("damaged")
+    _write(folder, _two_vcpus(2))
+    path = folder / "events" / "host.bin"
+    data = bytearray(path.read_bytes())
+    for at, value in changes:
+        # Bytes of the fixed header, of the words and of the records alike.
+        data[at % 600 if at < 4096 else at % len(data)] = value
+    path.write_bytes(data)
+    try:
+        text = json.dumps(check_run(folder).to_dict())
+    except UserError as error:
+        text = str(error)
+    assert text
 
 
 def test_a_full_file_and_a_file_cut_in_its_header(tmp_path: Path) -> None:
