@@ -12,7 +12,7 @@ import numpy as np
 
 from proto.events import EVENT, Events, Kind
 from proto.stats import HostCounter, HostHist
-from proto.trace import RECORD
+from proto.trace_writer import RECORD
 from sim.agenda import Agenda
 
 
