@@ -12,6 +12,7 @@ from proto.events import Kind
 from tests.e2e.runs import BM, Launched, Runner, assert_good, of_kind, open_files
 
 PAGE = 4096
+EMPTY = bytes(PAGE)
 FLIP_AT = 100
 """Byte of each block that is flipped."""
 CORRUPT_BOUND_S = 20.0
@@ -60,7 +61,7 @@ def _flip(path: str) -> int:
         content = os.pread(fd, size, 0)
         flipped = 0
         for at in range(0, size, PAGE):
-            if any(content[at : at + PAGE]):
+            if content[at : at + PAGE] != EMPTY:
                 os.pwrite(fd, bytes([content[at + FLIP_AT] ^ 0xFF]), at + FLIP_AT)
                 flipped += 1
         os.fsync(fd)
