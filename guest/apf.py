@@ -198,6 +198,14 @@ class AsyncPf:
             return
         cpu.leave_task()
 
+    def go_on_halting(self, task: int) -> Path:
+        """A fresh CPU in the halt loop of ``task``, which waits with its own node: the node says for which token."""
+        cpu = self._cpu
+        token = cpu.sleepers.token(task)
+        cpu.halting = False
+        yield from self._halt_until_unlinked(task, task)
+        cpu.acc.event(Kind.G_RESUME, token, task + 1)
+
     def _halt_until_unlinked(self, node: int, task: int) -> Path:
         cpu = self._cpu
         outer, cpu.halting = cpu.halting, True
@@ -207,9 +215,10 @@ class AsyncPf:
             if cpu.irr:
                 yield from cpu.take_interrupts()
             else:
-                # The halt loop of wait(token): STI; HLT; CLI.
+                # The halt loop of wait(token): STI; HLT; CLI. A save point where the task's records say all: its own node, no other wait
+                # around this one.
                 cpu.acc.interrupts = 1
-                yield from cpu.halt()
+                yield from cpu.halt(restart=node == task and not outer)
                 cpu.acc.interrupts = 0
         cpu.halting = outer
         if task >= 0 and not outer:

@@ -13,6 +13,7 @@ Invariants
   pending interrupts are taken and tasks switched.
 * A task leaves TS_RUNNING before another one gets it.
 * Every exit record tells the complete state that the host decides on (proto/wire.py Exit).
+* An exit with XF_RESTART is a save point: no kernel code is under way on this CPU, so that `registers` and shared memory are all of it.
 
 Not handled here: CPU off- and online after boot, migration of tasks, guest memory other than the async-PF area.
 """
@@ -36,6 +37,7 @@ from guest.events import (
     RunTask,
     TakeExit,
 )
+from guest.registers import Registers
 from guest.sched import NOBODY, RunQueue
 from guest.sleepers import Sleepers
 from guest.syscalls import release_locks
@@ -107,6 +109,7 @@ from proto.layout import (
     VP_X_GPA,
     VP_X_GVA,
     XF_KERNEL,
+    XF_RESTART,
     task_base,
 )
 from proto.machine import Ask, Machine, MachineError, Path
@@ -134,7 +137,7 @@ class GuestCpu(Machine):
     """One vCPU's kernel.
 
     ``kernel``: the guest kernel segment, ``vcpu_page``: this CPU's page, ``control``: page 0 of the control segment (read only). Events:
-    `PowerOn` once, then answers. Effects: exactly one request, the last one `PowerDown`.
+    `PowerOn` once, then answers. Effects: exactly one request, the last one `PowerDown`. ``resume``: go on from a save point.
     """
 
     __slots__ = (
@@ -144,6 +147,7 @@ class GuestCpu(Machine):
         "_end_seen",
         "_kern",
         "_last",
+        "_resume",
         "_stop_seen",
         "acc",
         "accepted",
@@ -169,6 +173,7 @@ class GuestCpu(Machine):
         vcpu_page: npt.NDArray[np.uint64],
         control: npt.NDArray[np.uint64],
         acc: Accounting,
+        resume: Registers | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -200,6 +205,9 @@ class GuestCpu(Machine):
         self._stop_seen = False
         self._end_seen = False
         self._last = NOBODY
+        self._resume = resume
+        if resume is not None:
+            self._set_registers(resume)
 
     def path_for(self, event: Any) -> Path | None:
         """`PowerOn` starts the CPU, everything else answers its open request."""
@@ -210,7 +218,13 @@ class GuestCpu(Machine):
 
     # ---- the CPU's life -----------------------------------------------------------------------------------------------------
     def _main(self) -> Path:
-        yield from self._boot()
+        if self._resume is None:
+            yield from self._boot()
+        elif self._resume.off:
+            self._power_down(abort=False)
+            return
+        else:
+            yield from self._go_on(self._resume.at_ns)
         queue = self.queue
         while True:
             self._look_at_control()
@@ -246,6 +260,57 @@ class GuestCpu(Machine):
         # Each CPU sets its own bit once, so adding is setting.
         self.kernel.add(K_ONLINE + self.config.vcpu_id // 64, 1 << (self.config.vcpu_id % 64))
         self.acc.interrupts = 1
+
+    # ---- saved and restored -------------------------------------------------------------------------------------------------
+    def registers(self, now_ns: int) -> Registers:
+        """All that this CPU holds at a save point; ``now_ns`` monotonic."""
+        queue = self.queue.registers()
+        return Registers(
+            off=0,
+            vclock_ns=self.vclock_ns,
+            seq=self.seq,
+            halting=self.halting,
+            strays=self.strays,
+            barrier_open=self.barrier_open,
+            stop_seen=self._stop_seen,
+            end_seen=self._end_seen,
+            last=self._last,
+            lamport=self.acc.trace.lamport,
+            at_ns=now_ns,
+            **queue,
+        )
+
+    def _set_registers(self, resume: Registers) -> None:
+        self.vclock_ns = resume.vclock_ns
+        self.seq = resume.seq
+        self.halting = bool(resume.halting)
+        self.strays = resume.strays
+        self.barrier_open = bool(resume.barrier_open)
+        self._stop_seen = bool(resume.stop_seen)
+        self._end_seen = bool(resume.end_seen)
+        self._last = resume.last
+        self.queue.set_registers(resume)
+        self.acc.trace.observe(resume.lamport)
+
+    def _go_on(self, saved_ns: int) -> Path:
+        """A fresh CPU takes up what a saved one left: in a task, in the halt loop of one, or idle."""
+        if opened_ns := self.acc.get(VC_BARRIER_WALL_NS):
+            # As if the barrier had opened so much later: differences of wall time do not contain the time between.
+            self.acc.set(VC_BARRIER_WALL_NS, max(1, opened_ns + self.now_ns - saved_ns))
+        task = self.queue.current
+        self.acc.interrupts = 1
+        if task < 0 or self.halting:
+            entry = yield from self.exit(ExitReason.RESUME, if_=1, restart=True)
+        else:
+            self.task_store(task, T_FAULT_NS, self.now_ns)
+            entry = yield from self._exit_from_task(ExitReason.RESUME, task, None)
+        # No other interrupt may wait for the guest clock: the broadcast has to come before any new fault.
+        self.gate_ns = 0
+        yield from self._deliver(entry)
+        if self.halting:
+            self.acc.interrupts = 0
+            yield from self._apf.go_on_halting(task)
+            self.acc.interrupts = 1
 
     def _power_down(self, *, abort: bool) -> None:
         self._note_end()
@@ -437,13 +502,13 @@ class GuestCpu(Machine):
                 self.queue.note_wake()
         self.acc.interrupts = before
 
-    def halt(self) -> Path:
-        """HLT with interrupts on: the idle loop and the halt loop of wait(token)."""
+    def halt(self, *, restart: bool = True) -> Path:
+        """HLT with interrupts on: the idle loop and the halt loop of wait(token). ``restart``: a save point."""
         if self.queue.current < 0:
             # Whatever runs next is a switch from idle.
             self._last = NOBODY
         self.acc.event(Kind.G_HLT)
-        entry = yield from self.exit(ExitReason.HLT, if_=1)
+        entry = yield from self.exit(ExitReason.HLT, if_=1, restart=restart)
         yield from self._deliver(entry)
 
     # ---- exits --------------------------------------------------------------------------------------------------------------
@@ -456,13 +521,17 @@ class GuestCpu(Machine):
         arg0: int = 0,
         arg1: int = 0,
         fault: tuple[int, int, int] | None = None,
+        restart: bool = False,
     ) -> Path:
-        """Leave to the host, come back with its `Entry`: time held is charged, pending interrupts are replaced."""
+        """Leave to the host, come back with its `Entry`: time held is charged, pending interrupts are replaced.
+
+        ``restart``: whoever goes on from this CPU's records alone does the same as this path would.
+        """
         if reason in _CHARGED_EXITS:
             self.spend(self.config.exit_cost_ns)
         self.acc.add(VC_EXITS)
         ask = self.new_ask()
-        self.emit(TakeExit(ask.ask_id, self._record(reason, if_, cpl, arg0, arg1, fault)))
+        self.emit(TakeExit(ask.ask_id, self._record(reason, if_, cpl, arg0, arg1, fault, restart=restart)))
         entered = yield ask
         entry: Entry = entered.entry
         self.acc.trace.observe(entry.lamport)
@@ -488,8 +557,12 @@ class GuestCpu(Machine):
         arg0: int,
         arg1: int,
         fault: tuple[int, int, int] | None,
+        *,
+        restart: bool = False,
     ) -> Exit:
         gpa, gva, flags = fault or (0, 0, 0)
+        if restart:
+            flags |= XF_RESTART
         page, queue, trace = self.page, self.queue, self.acc.trace
         self.seq = (self.seq + 1) & 0xFFFF_FFFF
         trace.lamport += 1
@@ -521,7 +594,7 @@ class GuestCpu(Machine):
 
     def _exit_from_task(self, reason: ExitReason, task: int, fault: tuple[int, int, int] | None) -> Path:
         if_, cpl = self.task_load(task, T_IF), self.task_load(task, T_CPL)
-        return (yield from self.exit(reason, if_=if_, cpl=cpl, fault=fault))
+        return (yield from self.exit(reason, if_=if_, cpl=cpl, fault=fault, restart=True))
 
     def _deliver(self, entry: Entry) -> Path:
         """Take the exception that came with an entry into a task, the idle loop or the halt loop."""

@@ -20,6 +20,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from guest.registers import Registers
 from proto.atomics import cmpxchg, load
 from proto.jit import kernel
 from proto.layout import (
@@ -138,6 +139,32 @@ class RunQueue:
         """Tasks in the queue at the last `scan`."""
         self.alive = 0
         """Tasks of this CPU that were not finished at the last `scan`."""
+
+    def registers(self) -> dict[str, int]:
+        """What a fresh queue needs to go on, as fields of `Registers`."""
+        return {
+            "current": self.current,
+            "least_ns": self._least_ns,
+            "known": self._known,
+            "ran_ns": self._ran_ns,
+            "min_vruntime_ns": self.min_vruntime_ns,
+            "need_resched": self.need_resched,
+            "next_tick_ns": self.next_tick_ns,
+            "waiting": self.waiting,
+            "alive": self.alive,
+        }
+
+    def set_registers(self, saved: Registers) -> None:
+        """Go on from there."""
+        self.current = saved.current
+        self._least_ns = saved.least_ns
+        self._known = bool(saved.known)
+        self._ran_ns = saved.ran_ns
+        self.min_vruntime_ns = saved.min_vruntime_ns
+        self.need_resched = bool(saved.need_resched)
+        self.next_tick_ns = saved.next_tick_ns
+        self.waiting = saved.waiting
+        self.alive = saved.alive
 
     def scan(self) -> int:
         """Look at the queue; returns the least task, -1 when it is empty."""

@@ -123,6 +123,10 @@ class Sleepers:
         """Whether ``node`` still waits. Lock-free: a waker unlinks first and wakes second."""
         return self._port.load(_word(node, N_LINKED)) != 0
 
+    def token(self, node: int) -> int:
+        """The token that ``node`` waits for, or waited for last."""
+        return self._port.load(_word(node, N_TOKEN))
+
     def wake(self, token: int) -> Path:
         """Unlink the node of ``token`` and return it as `Woken`; None when a dummy was left for a wait to come (spec §2.4)."""
         bucket = _bucket(token)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from proto.wire import Entry, Exit
 
@@ -36,6 +36,17 @@ class Found(IntEnum):
     """No memslot there."""
     BAD = 6
     """Could not be read from swap: hardware poison."""
+
+
+class Content(IntEnum):
+    """What a page of an image is."""
+
+    NONE = 0
+    """Never touched."""
+    ZERO = 1
+    DATA = 2
+    BAD = 3
+    """Lost: hardware poison."""
 
 
 # ---- vcpu machine -> vm machine --------------------------------------------------------------------------
@@ -139,6 +150,19 @@ class Poke(NamedTuple):
     cpu: int
 
 
+class Pause(NamedTuple):
+    """Stop at the next save point: an exit from which the guest goes on by executing its instruction again; answer `Paused`."""
+
+    cpu: int
+
+
+class Restore(NamedTuple):
+    """Give a fresh vCPU this state (`host.state.VcpuState.to_plain`); answer `Restored`. It goes on with its RESUME exit."""
+
+    cpu: int
+    state: dict[str, Any]
+
+
 # ---- vcpu machine -> shell -------------------------------------------------------------------------------
 class Enter(NamedTuple):
     """Send the entry record."""
@@ -183,11 +207,67 @@ class PoweredDown(NamedTuple):
     cpu: int
 
 
+class Paused(NamedTuple):
+    """The vCPU stands at a save point, or is powered down. Its state may be read once all of its VM stand."""
+
+    cpu: int
+
+
+class Restored(NamedTuple):
+    """``refused``: what the host would not take, "" when all went in."""
+
+    cpu: int
+    refused: str
+
+
 # ---- vm machine -> shell -----------------------------------------------------------------------------------
 class OutOfMemory(NamedTuple):
     """Somebody waits for a frame, nothing is on its way out, and the swap is full: this cannot get better by itself."""
 
     waiting: int
+
+
+# ---- shell <-> vm machine: images ------------------------------------------------------------------------
+class SavePage(NamedTuple):
+    """Read host virtual page ``hvp``, wherever it is, by the ladder of any synchronous access; answer `PageSaved`."""
+
+    hvp: int
+
+
+class PageSaved(NamedTuple):
+    """``data``: 4096 bytes of a page with contents, else empty."""
+
+    hvp: int
+    content: Content
+    data: bytes
+
+
+class LoadPage(NamedTuple):
+    """Give a never-touched page of a fresh host its contents; answer `PageLoaded`, as soon as there is a frame."""
+
+    hvp: int
+    content: Content
+    data: bytes
+
+
+class PageLoaded(NamedTuple):
+    """The page is in memory and dirty, or needs no frame."""
+
+    hvp: int
+
+
+class Walk(NamedTuple):
+    """Begin to go over all pages (host/saving.py)."""
+
+
+class NextPage(NamedTuple):
+    """The turn of this page: save it, or load it."""
+
+    hvp: int
+
+
+class WalkDone(NamedTuple):
+    """Every page has been saved, or loaded."""
 
 
 # ---- vm machine <-> swap machine -------------------------------------------------------------------------

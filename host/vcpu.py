@@ -4,7 +4,7 @@ It acts on guest state only between an exit and an entry: a vCPU in guest mode i
 stale state. What blocks in KVM (a synchronous fault, a held shared-area access) holds this vCPU's path, never the host's loop.
 
 States (`Where`): OUT = a path is at work; IN_GUEST = the entry record was sent; BLOCKED = halted, or in a synthetic halt, until
-something makes it runnable; OFF = powered down.
+something makes it runnable; PAUSED = at a save point, for good; OFF = powered down.
 """
 
 from __future__ import annotations
@@ -24,17 +24,21 @@ from host.events import (
     Gup,
     Interrupt,
     KickVcpu,
+    Pause,
+    Paused,
     Poke,
     PoweredDown,
+    Restore,
     SendIpi,
     SetTimer,
     TimerDue,
 )
 from host.lapic import Lapic
 from host.observe import Observer
+from host.state import MpState, VcpuState, restore
 from host.x86 import CANCEL_DESTROY, REQ_APF_HALT, REQ_APF_READY, X86, could_not_map
 from proto.kvm import VECTOR_TIMER
-from proto.layout import XF_KERNEL, XF_WRITE
+from proto.layout import XF_KERNEL, XF_RESTART, XF_WRITE
 from proto.machine import Machine, MachineError, Path
 from proto.profile import Profile
 from proto.stats import HostCounter, HostHist
@@ -61,6 +65,7 @@ class Where(IntEnum):
     IN_GUEST = 1
     BLOCKED = 2
     OFF = 3
+    PAUSED = 4
 
 
 class VcpuMachine(Machine):
@@ -92,6 +97,7 @@ class VcpuMachine(Machine):
         self._timer_generation = 0
         self._kicked = False
         self._poked = False
+        self._pausing = False
         self._handlers: dict[type[Any], Callable[[Any], Path | None]] = {
             ExitTaken: self._exit_taken,
             Answer: self._answered,
@@ -99,6 +105,8 @@ class VcpuMachine(Machine):
             TimerDue: self._timer_due,
             Interrupt: self._interrupt,
             Poke: self._poke,
+            Pause: self._pause,
+            Restore: self._restore,
         }
         self._exits: dict[int, Callable[[Exit], Path]] = {
             ExitReason.NESTED: self._nested_fault,
@@ -109,6 +117,7 @@ class VcpuMachine(Machine):
             ExitReason.HYPERCALL: self._hypercall,
             ExitReason.BOOT: _nothing,
             ExitReason.KICK: _nothing,
+            ExitReason.RESUME: _nothing,
         }
 
     # -- Machine -------------------------------------------------------------------------------------------
@@ -150,6 +159,8 @@ class VcpuMachine(Machine):
         self.x86.forget(CANCEL_DESTROY)
         self.where = Where.OFF
         self.emit(PoweredDown(self.cpu))
+        if self._pausing:
+            self.emit(Paused(self.cpu))
         yield "powered_down"
 
     # -- exits ---------------------------------------------------------------------------------------------
@@ -220,6 +231,9 @@ class VcpuMachine(Machine):
     def _vcpu_run(self) -> Path:
         """Requests in KVM's order, then block or enter."""
         while True:
+            if self._pausing and self._at_save_point():
+                self._stop_here()
+                return
             if self.requests & REQ_APF_HALT:
                 self.requests &= ~REQ_APF_HALT
                 self.halted = True
@@ -307,11 +321,52 @@ class VcpuMachine(Machine):
             # Mode E hands over one completion per entry: the next exit takes the next one, at the latest at the host's tick. In mode I
             # the rest waits for the guest's ACK, however often it exits (recorded: ack_no_clr, clr_no_ack).
             self._arm(self.now_ns + HOST_TICK_NS)
-        if self.requests:
+        if self.requests or self._pausing:
             self.kick(self.requests)
+
+    # -- save and restore ----------------------------------------------------------------------------------
+    def _pause(self, _: Pause) -> None:
+        """A path under way (a synchronous fault) finishes first; kernel code of the guest runs on to the next save point."""
+        self._pausing = True
+        if self.where in (Where.OFF, Where.PAUSED):
+            self.emit(Paused(self.cpu))
+        elif self.where is Where.BLOCKED and self._at_save_point():
+            self._stop_here()
+        else:
+            self.kick(0)
+
+    def _at_save_point(self) -> bool:
+        return bool(self.last_exit.flags & XF_RESTART)
+
+    def _stop_here(self) -> None:
+        self.where = Where.PAUSED
+        state = self.state()
+        self._trace(Kind.STATE_SAVE, a=state.mp_state, b=self.halted, c=self.x86.msr_en)
+        self.emit(Paused(self.cpu))
+
+    @property
+    def mp_state(self) -> MpState:
+        """KVM_GET_MP_STATE. A synthetic halt is none of its business (I37); a halted vCPU with an event to take is RUNNABLE."""
+        if self.where is Where.OFF:
+            return MpState.UNINITIALIZED
+        return MpState.HALTED if self.mp_halted and not self.runnable() else MpState.RUNNABLE
+
+    def state(self) -> VcpuState:
+        """What is saved (spec §1.16). Queue, done list and synthetic halt are not part of it. Raises MachineError while it runs."""
+        if self.where not in (Where.PAUSED, Where.OFF):
+            raise MachineError(f"vcpu {self.cpu}: state read while it is {self.where.name}")
+        return VcpuState.of(self)
+
+    def _restore(self, event: Restore) -> Path:
+        if self.last_exit is not _NO_EXIT or self.where is not Where.OUT:
+            raise MachineError(f"vcpu {self.cpu}: only a fresh vCPU can be restored")
+        return restore(self, event.state)
 
     # -- events from elsewhere -----------------------------------------------------------------------------
     def _fetched(self, event: Fetched) -> Path:
+        if self.where is Where.PAUSED:
+            # Completions after the vCPU stopped are discarded: the broadcast at the destination covers them (spec §1.16).
+            return
         first = not self.x86.apf.done
         yield from self.x86.apf.completed(event.work)
         if first and self.where is Where.IN_GUEST and self.requests and not self._kicked:
@@ -382,8 +437,8 @@ class VcpuMachine(Machine):
             self._held(Held.BLOCKED, self.now_ns - since_ns)
         return answer
 
-    def _trace(self, kind: Kind, *, a: int = 0, b: int = 0) -> None:
-        self.obs.trace(kind, vcpu=self.vcpu_id, vm=self.vm, a=a, b=b)
+    def _trace(self, kind: Kind, *, a: int = 0, b: int = 0, c: int = 0) -> None:
+        self.obs.trace(kind, vcpu=self.vcpu_id, vm=self.vm, a=a, b=b, c=c)
 
 
 def _nothing(_: Exit) -> Path:

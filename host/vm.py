@@ -25,6 +25,7 @@ from host import kernels
 from host.events import (
     Answer,
     CancelFetch,
+    Content,
     Fetch,
     Fetched,
     Found,
@@ -32,8 +33,12 @@ from host.events import (
     GuestRead32,
     GuestWrite32,
     Gup,
+    LoadPage,
     LookAtGrace,
     OutOfMemory,
+    PageLoaded,
+    PageSaved,
+    SavePage,
     SlotFree,
     SwapIn,
     SwapInDone,
@@ -67,6 +72,11 @@ READ_ATTEMPTS_MAX: Final = 3
 
 _NEEDS_FRAME: Final = -1
 """Internal rung: the page needs a frame and none is free."""
+
+
+_CONTENT: Final = {HPT_NONE: Content.NONE, HPT_ZERO: Content.ZERO, HPT_BAD: Content.BAD}
+_STATE_OF: Final = {content: state for state, content in _CONTENT.items()}
+"""Pages without contents, as images call them."""
 
 
 class Memslot(NamedTuple):
@@ -130,6 +140,8 @@ class VmMachine(Machine):
             SwapInDone: self._swap_in_done,
             SwapOutDone: self._swap_out_done,
             LookAtGrace: lambda _: None,
+            SavePage: self._save_page,
+            LoadPage: self._load_page,
         }
 
     def _columns(self, pages: int, frames: int) -> None:
@@ -312,6 +324,10 @@ class VmMachine(Machine):
                 self.emit(Answer(event.cpu, event.ask, found, True))
             elif type(event) is Fetch:
                 self.emit(Fetched(event.cpu, event.work))
+            elif type(event) is SavePage:
+                self._save_page(event)
+            elif type(event) is LoadPage:
+                self._load_page(event)
             else:
                 self._guest_access(event, waited=True)
 
@@ -365,6 +381,38 @@ class VmMachine(Machine):
             self.emit(Answer(event.cpu, event.ask, 1 + old, waited))
         else:
             self.emit(Answer(event.cpu, event.ask, self.memory.read32(self._frame[hvp], offset), waited))
+
+    # -- images --------------------------------------------------------------------------------------------
+    def _save_page(self, event: SavePage) -> None:
+        """No vCPU runs. The page is read like any other and is not kept from being reclaimed again: what leaves is a copy."""
+        hvp = event.hvp
+        state = self._state[hvp]
+        if state in (HPT_SLOT, HPT_READING):
+            self._wait_for(hvp, event)
+        elif state in _CONTENT:
+            self.emit(PageSaved(hvp, _CONTENT[state], b""))
+        elif self.memory.is_zero(self._frame[hvp]):
+            self.emit(PageSaved(hvp, Content.ZERO, b""))
+        else:
+            self.emit(PageSaved(hvp, Content.DATA, bytes(self.memory.page(self._frame[hvp]))))
+
+    def _load_page(self, event: LoadPage) -> None:
+        """Into a fresh host: resident and dirty, so that reclaim finds it like a page that a guest wrote."""
+        hvp, content = event.hvp, event.content
+        if self._state[hvp] != HPT_NONE:
+            raise MachineError(
+                f"page {hvp} of an image goes where something is already (state {self._state[hvp]})"
+            )
+        if content is Content.DATA:
+            if self.free_count == 0:
+                self._wait_for(hvp, event)
+                return
+            self.memory.write_page(self._take_frame(hvp), event.data)
+            self._state[hvp] = HPT_RESIDENT
+            self._flags[hvp] = F_DIRTY
+        else:
+            self._state[hvp] = _STATE_OF[content]
+        self.emit(PageLoaded(hvp))
 
     # -- swap-in -------------------------------------------------------------------------------------------
     def _swap_in_done(self, event: SwapInDone) -> None:

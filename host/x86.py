@@ -40,7 +40,7 @@ class X86:
     """Async-PF state of one vCPU that belongs to the architecture (vcpu->arch.apf)."""
 
     __slots__ = (
-        "apf", "area_gpa", "deferred", "hash", "host_async", "id", "m", "msr_en", "msr_int", "pageready_pending", "profile",
+        "apf", "area_gpa", "cpuid", "deferred", "hash", "host_async", "id", "m", "msr_en", "msr_int", "pageready_pending", "profile",
         "send_always", "vector",
     )  # fmt: skip
 
@@ -51,6 +51,8 @@ class X86:
         """False in mode sync: the host never goes async."""
         self.apf = AsyncPf(machine.cpu, machine.vm, machine.vcpu_id, profile, self, machine.emit, machine.obs)
         self.hash = GfnHash(lambda kind, a, b, c: self.trace(kind, a=a, b=b, c=c))
+        self.cpuid = profile.cpuid
+        """Feature bits the guest sees; a restored guest keeps those it was saved with."""
         self.id = 0
         self.msr_en = 0
         self.msr_int = 0
@@ -230,7 +232,7 @@ class X86:
 
     # -- MSRs (table G of spec §0.3) -----------------------------------------------------------------------
     def write_msr(self, index: int, value: int) -> Path:
-        """WRMSR by the guest; returns True when it faults (#GP)."""
+        """WRMSR by the guest or by who restores it; returns True when it is refused (a guest's faults, #GP)."""
         failed = True
         if index == self.profile.msr_en:
             failed = yield from self._write_en(value)
@@ -266,9 +268,9 @@ class X86:
         reserved = 0x30 if self.profile.ready_by_interrupt else 0x3C
         if value & reserved:
             return True
-        if value & kvm.EN_AS_VMEXIT and not self.profile.cpuid & kvm.CPUID_FEATURE_ASYNC_PF_VMEXIT:
+        if value & kvm.EN_AS_VMEXIT and not self.cpuid & kvm.CPUID_FEATURE_ASYNC_PF_VMEXIT:
             return True
-        if value & kvm.EN_AS_INT and not self.profile.cpuid & kvm.CPUID_FEATURE_ASYNC_PF_INT:
+        if value & kvm.EN_AS_INT and not self.cpuid & kvm.CPUID_FEATURE_ASYNC_PF_INT:
             return True
         self.msr_en = value
         if not self.enabled:

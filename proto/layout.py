@@ -66,6 +66,8 @@ XF_WALK: Final = 4
 """The missing page holds a guest page table."""
 XF_IF: Final = 8
 """Interrupts were enabled."""
+XF_RESTART: Final = 16
+"""EXIT.flags only: a save point. The guest goes on from its records and executes the instruction again, so a fresh vCPU can, too."""
 
 # counters (writer: the vCPU process); VC_* are offsets from VP_COUNTERS
 VP_COUNTERS: Final = 64

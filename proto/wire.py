@@ -36,6 +36,8 @@ class Kind(IntEnum):
     EXIT = 10
     ENTRY = 11
     KICK = 12
+    SAVE = 13
+    REGISTERS = 14
     IO = 20
     IO_DONE = 21
     PING = 22
@@ -50,6 +52,8 @@ class Kind(IntEnum):
     DAEMON_FENCED = 36
     DAEMON_GONE = 37
     STOP = 38
+    SAVE_VM = 39
+    SAVED = 40
 
 
 class Role(IntEnum):
@@ -75,6 +79,8 @@ class ExitReason(IntEnum):
     """arg0 = HC_*."""
     DONE = 9
     """Every task of this CPU has finished; it powers down."""
+    RESUME = 20
+    """A restored vCPU goes on: its first exit in a fresh process, in place of BOOT."""
 
 
 HC_AT_BARRIER: Final = 1
@@ -190,6 +196,22 @@ class Kick(NamedTuple):
     request: int
 
 
+class Save(NamedTuple):
+    """Host to a vCPU that waits for its entry: hand over your registers."""
+
+    lamport: int
+
+
+class Registers(NamedTuple):
+    """What a vCPU holds outside shared memory; ``words``: REGISTER_DTYPE array (guest/registers.py says which is which).
+
+    vCPU to host: answer to SAVE. Host to a fresh vCPU: in place of WELCOME, go on from here.
+    """
+
+    lamport: int
+    words: npt.NDArray[np.void]
+
+
 class Io(NamedTuple):
     """Requests to a daemon; ``records``: IO_DTYPE array. ``settled``: ids below it are answered and will not be asked for again."""
 
@@ -286,16 +308,31 @@ class Stop(NamedTuple):
     reason: str
 
 
+class SaveVm(NamedTuple):
+    """Launcher to host: pause every vCPU and write the image of all VMs into the run directory."""
+
+    reason: str
+
+
+class Saved(NamedTuple):
+    """Host to launcher: the image is complete; the vCPUs stay where they are. ``pages``: with contents."""
+
+    pages: int
+
+
 OP_READ: Final = 0
 OP_WRITE: Final = 1
 IO_DTYPE: Final = np.dtype([("id", "<u8"), ("op", "<u4"), ("frame", "<u4"), ("slot", "<u8")])
 """One request: id (unique per run), OP_*, host frame (ignored on tcp), block of the daemon's file."""
 DONE_DTYPE: Final = np.dtype([("id", "<u8"), ("result", "<i8"), ("service_ns", "<u8")])
 """One reply: bytes moved or -errno; time from submission to completion in the daemon."""
+REGISTER_DTYPE: Final = np.dtype([("word", "<u8")])
+"""One register."""
 
 Message = (
-    Hello | Welcome | NackMsg | Bye | Exit | Entry | Kick | Io | IoDone | Ping | Pong | Model
+    Hello | Welcome | NackMsg | Bye | Exit | Entry | Kick | Save | Registers | Io | IoDone | Ping | Pong | Model
     | HostReady | Started | Finished | Failed | RestartWanted | DaemonDown | DaemonFenced | DaemonGone | Stop
+    | SaveVm | Saved
 )  # fmt: skip
 
 
@@ -325,6 +362,8 @@ SPECS: Final[dict[Kind, Spec]] = {
     Kind.EXIT: Spec(Exit, "IQBBBBBBBQQQQIIQQQ"),
     Kind.ENTRY: Spec(Entry, "IQBIQIQBQQ"),
     Kind.KICK: Spec(Kick, "QB"),
+    Kind.SAVE: Spec(Save, "Q"),
+    Kind.REGISTERS: Spec(Registers, "Q", REGISTER_DTYPE),
     Kind.IO: Spec(Io, "IQQ", IO_DTYPE),
     Kind.IO_DONE: Spec(IoDone, "IQ", DONE_DTYPE),
     Kind.PING: Spec(Ping, "IQ"),
@@ -339,6 +378,8 @@ SPECS: Final[dict[Kind, Spec]] = {
     Kind.DAEMON_FENCED: Spec(DaemonFenced, "HI"),
     Kind.DAEMON_GONE: Spec(DaemonGone, "H", "text"),
     Kind.STOP: Spec(Stop, "", "text"),
+    Kind.SAVE_VM: Spec(SaveVm, "", "text"),
+    Kind.SAVED: Spec(Saved, "Q"),
 }
 """The contract. B, H, I, Q = unsigned 8, 16, 32, 64 bits."""
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 
 from proto import generated_page
-from proto.wire import DONE_DTYPE, IO_DTYPE, SPECS, ExitReason, Held, Inject, Kind, Nack, Role
+from proto.wire import DONE_DTYPE, IO_DTYPE, REGISTER_DTYPE, SPECS, ExitReason, Held, Inject, Kind, Nack, Role
 
 WIDTHS: Final = {"B": "u8", "H": "u16", "I": "u32", "Q": "u64"}
 BEGIN: Final = "<!-- tables: python -m proto.wire_page docs/wire.md -->"
@@ -25,6 +25,8 @@ SENDERS: Final[dict[Kind, str]] = {
     Kind.EXIT: "vCPU → host",
     Kind.ENTRY: "host → vCPU",
     Kind.KICK: "host → vCPU",
+    Kind.SAVE: "host → vCPU",
+    Kind.REGISTERS: "both ways",
     Kind.IO: "host → daemon",
     Kind.IO_DONE: "daemon → host",
     Kind.PING: "host → daemon",
@@ -39,6 +41,8 @@ SENDERS: Final[dict[Kind, str]] = {
     Kind.DAEMON_FENCED: "launcher → host",
     Kind.DAEMON_GONE: "launcher → host",
     Kind.STOP: "launcher → host",
+    Kind.SAVE_VM: "launcher → host",
+    Kind.SAVED: "host → launcher",
 }
 
 
@@ -84,6 +88,7 @@ def tables() -> str:
         _message_rows(),
         _record_rows("Request record of IO", IO_DTYPE),
         _record_rows("Reply record of IO_DONE", DONE_DTYPE),
+        _record_rows("Record of REGISTERS", REGISTER_DTYPE),
         _enum_rows("HELLO.role", Role),
         _enum_rows("EXIT.reason", ExitReason),
         _enum_rows("ENTRY.inject", Inject),

@@ -25,6 +25,7 @@ from guest.events import (
     TakeExit,
 )
 from guest.machine import GuestCpu
+from guest.registers import Registers
 from proto import layout as L  # noqa: N812 - a table of constants
 from proto.events import Kind
 from proto.kvm import MSR_ASYNC_PF_ACK, VECTOR_PAGE_READY, VECTOR_TIMER, make_token
@@ -148,13 +149,17 @@ class World:
     # -- driving -------------------------------------------------------------------------------------------------------
     def run(self, until_ns: int = 1 << 62) -> None:
         """Perform requests until the CPU powers down or its clock reaches ``until_ns``."""
-        if self.request is None:
-            self._feed(PowerOn())
+        self.step_first()
         for _ in range(STEPS_MAX):
             if self.powered_down is not None or self.cpu.vclock_ns >= until_ns:
                 return
             self.step()
         raise AssertionError("the CPU does not get on")
+
+    def step_first(self) -> None:
+        """Power on, unless that was done."""
+        if self.request is None:
+            self._feed(PowerOn())
 
     def step(self) -> None:
         """Perform the open request."""
@@ -182,6 +187,23 @@ class World:
             for c in (L.VC_RUNNING_NS, L.VC_BLOCKED_NS, L.VC_HALTED_NS, L.VC_IDLE_NS)
         ]
         assert sum(vc) == self.cpu.vclock_ns == int(self.page[L.VP_COUNTERS + L.VC_VCLOCK_NS])
+
+    def at_save_point(self) -> bool:
+        """Whether the open request is an exit at which the CPU may be saved."""
+        return isinstance(self.request, TakeExit) and bool(self.request.record.flags & L.XF_RESTART)
+
+    def restart(self, gap_ns: int = 0) -> None:
+        """A fresh CPU goes on from this one's registers, on a host that has forgotten every fault and broadcasts.
+
+        ``gap_ns``: how long ago the save was.
+        """
+        assert self.at_save_point()
+        saved = Registers.from_words(self.cpu.registers(self.cpu.vclock_ns - gap_ns).words())
+        self.cpu = GuestCpu(self.config, self.seg.kern, self.page, self.seg.control, self.acc, saved)
+        self.fetches.clear()
+        self.done = [TOKEN_WAKE_ALL] if self.area else []
+        self.unacked = False
+        self._feed(PowerOn())
 
     def counter(self, name: int) -> int:
         """A VC_* counter."""

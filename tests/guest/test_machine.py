@@ -213,7 +213,7 @@ def test_nested_fault_carries_the_context_of_the_task() -> None:
     world.run(until_ns=10 * MS)
     fault = next(e for e in world.exits if e.reason == ExitReason.NESTED)
     assert (fault.cpl, fault.if_, fault.cr3, fault.gpa, fault.cr0_pg) == (0, 1, 0x5000, 0x10_0000, 1)
-    assert fault.flags == L.XF_WRITE | L.XF_IF
+    assert fault.flags == L.XF_WRITE | L.XF_IF | L.XF_RESTART
     assert world.counter(L.VC_NESTED) == len([e for e in world.exits if e.reason == ExitReason.NESTED])
 
 

@@ -100,6 +100,10 @@ class Bench:
         self.disk: dict[int, bytes] = {}
         self.seq = 0
         self.out_of_memory = 0
+        self.image: dict[int, tuple[ev.Content, bytes]] = {}
+        """Pages saved so far (tests/host/moving.py)."""
+        self.told: list[Any] = []
+        """Answers about pausing, restoring and pages of an image."""
         self.feed(self.swap, ev.DaemonUp(0, 0))
 
     # -- routing -------------------------------------------------------------------------------------------
@@ -136,6 +140,8 @@ class Bench:
             self.routed.append((self.vcpus[effect.target], ev.Interrupt(effect.target, effect.vector)))
         elif kind is ev.OutOfMemory:
             self.out_of_memory += 1
+        elif kind in (ev.Paused, ev.Restored, ev.PageSaved, ev.PageLoaded):
+            self.told.append(effect)
         elif kind not in (ev.PoweredDown, ev.AtBarrier):
             self.routed.append((self.vm, effect))
 
