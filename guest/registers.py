@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final, NamedTuple, Self
 
+from proto import wire
+
 VERSION: Final = 1
 _MASK: Final = (1 << 64) - 1
 _SIGN: Final = 1 << 63
@@ -52,13 +54,11 @@ class Registers(NamedTuple):
 
     @classmethod
     def from_words(cls, words: Sequence[int]) -> Self:
-        """Inverse of `words`. ValueError for a record that is not one of this version."""
+        """Inverse of `words`; also of a CPU that has nothing left to run. ValueError for a record that is not one of this version."""
+        if list(words) == [wire.POWERED_DOWN]:
+            return cls(1, *([0] * (len(cls._fields) - 1)))._replace(end_seen=1)
         if not words or words[0] != VERSION:
             raise ValueError(f"registers of version {words[0] if words else None}, allowed: {VERSION}")
         if len(words) != 1 + len(cls._fields):
             raise ValueError(f"{len(words)} register words, allowed: {1 + len(cls._fields)}")
         return cls(*((int(word) ^ _SIGN) - _SIGN for word in words[1:]))
-
-
-POWERED_DOWN: Final = Registers(1, *([0] * (len(Registers._fields) - 1)))
-"""Of a CPU that has nothing left to run."""

@@ -46,6 +46,7 @@ from guest.events import (
 from guest.machine import GuestCpu
 from guest.mmu import OK, Vcpu, make_vcpu
 from guest.pacing import Pacing
+from guest.registers import Registers
 from guest.run import kernel_access32, vcpu_run
 from guest.warm import warm_guest
 from proto import link, wire
@@ -77,6 +78,8 @@ from proto.wire import Entry, Exit, ExitReason, Held, Inject, Nack, WireError
 LOOK_MS: Final = 1000
 """How often a waiting process looks at the abort flag."""
 HELLO_LIMIT_NS: Final = 30_000_000_000
+RESTORE_LIMIT_NS: Final = 600_000_000_000
+"""Longest wait for the registers: the host loads the memory of all guests first, and the launcher has a bound of its own."""
 ENTRY_LIMIT_NS: Final = 60_000_000_000
 """Longest wait for an entry record of a vCPU that did not halt: the host holds it for a page, and daemons are restarted in seconds."""
 TOKEN_LIMIT_NS: Final = 60_000_000_000
@@ -172,7 +175,7 @@ class VcpuShell:
         self.arrays = vcpu_arrays(ctx, cpu)
         m = self.arrays[0]
         tasks = int(m.kern[K_TASKS])
-        config = cpu_config(ctx.topology, self.vm, vcpu_id, tasks)
+        self._config = config = cpu_config(ctx.topology, self.vm, vcpu_id, tasks)
         self._task_traces = task_base(tasks, config.vcpus) + T_TRACE
         self._kern = m.kern.data
         self._control = m.control.data
@@ -181,6 +184,7 @@ class VcpuShell:
         self.trace = ctx.trace(f"vcpu-{cpu}", PROC_VCPU + cpu)
         self.acc = Accounting(m.vp, vcpu_block(ctx.segments["stats"].u64, cpu), self.trace, self.vm, vcpu_id)
         self.machine = GuestCpu(config, m.kern, m.vp, m.control, self.acc)
+        self._waits_for_image = bool(ctx.image)
         usable = len(os.sched_getaffinity(0))
         crowd = ctx.topology.total_vcpus // ctx.topology.pcpus(usable)
         self.pacing = Pacing(ctx.topology.vm[self.vm].rate_ops_per_s, crowd)
@@ -223,6 +227,8 @@ class VcpuShell:
             PowerDown: self._power_down,
         }
         self._boot_ns = self._off_since_ns = time.monotonic_ns()
+        # Guest time goes on from where it stood.
+        self._boot_ns -= self.machine.vclock_ns
         event: Any = PowerOn()
         while True:
             (request,) = self.machine.on((event,), time.monotonic_ns())
@@ -238,12 +244,29 @@ class VcpuShell:
     def _handshake(self) -> None:
         self.acc.event(Kind.PROCESS_START, 0, os.getpid())
         self._send(wire.Hello(wire.Role.VCPU, self.cpu, 0, os.getpid()))
-        deadline_ns = time.monotonic_ns() + HELLO_LIMIT_NS
+        deadline_ns = time.monotonic_ns() + (RESTORE_LIMIT_NS if self._waits_for_image else HELLO_LIMIT_NS)
         while True:
-            message = self._receive(deadline_ns, "WELCOME")
-            if type(message) is wire.Welcome:
+            message = self._receive(deadline_ns, "REGISTERS" if self._waits_for_image else "WELCOME")
+            if type(message) is wire.Registers and self._waits_for_image:
+                self._resume(message)
+                return
+            if type(message) is wire.Welcome and not self._waits_for_image:
                 return
             self._unexpected(message)
+
+    def _resume(self, message: wire.Registers) -> None:
+        """A saved CPU goes on in this process. One without registers was powered down."""
+        self.trace.observe(message.lamport)
+        words = message.words["word"].tolist()
+        m = self.arrays[0]
+        self.machine = GuestCpu(self._config, m.kern, m.vp, m.control, self.acc, Registers.from_words(words))
+
+    def _hand_over(self, message: wire.Save) -> None:
+        """The host saves this CPU, which waits for an entry that will not come."""
+        self.trace.observe(message.lamport)
+        registers = self.machine.registers(time.monotonic_ns())
+        words = np.array([(word,) for word in registers.words()], wire.REGISTER_DTYPE)
+        self._send(wire.Registers(self.trace.lamport, words))
 
     # ---- guest mode -----------------------------------------------------------------------------------------------------------
     def _run_task(self, request: RunTask) -> Ran:
@@ -360,6 +383,8 @@ class VcpuShell:
                 self._refuse(
                     WireError(Nack.FIELD, f"ENTRY {message.seq}, expected {record.seq}", wire.Kind.ENTRY)
                 )
+            elif type(message) is wire.Save:
+                self._hand_over(message)
             elif type(message) is not wire.Kick:
                 self._unexpected(message)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import Any, NamedTuple
 
+from proto.image import Content
 from proto.wire import Entry, Exit
 
 
@@ -36,17 +37,6 @@ class Found(IntEnum):
     """No memslot there."""
     BAD = 6
     """Could not be read from swap: hardware poison."""
-
-
-class Content(IntEnum):
-    """What a page of an image is."""
-
-    NONE = 0
-    """Never touched."""
-    ZERO = 1
-    DATA = 2
-    BAD = 3
-    """Lost: hardware poison."""
 
 
 # ---- vcpu machine -> vm machine --------------------------------------------------------------------------

@@ -15,12 +15,14 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import zmq
 
 from host import events as ev
+from host.image import Restoring, Saving
 from host.memory import HostMemory, VmMemory
 from host.setup import ShellObserver, memslots, water_marks
 from host.swap import SwapMachine, op_of
@@ -95,6 +97,10 @@ class HostShell:
         self.writer = ctx.trace("host", PROC_HOST)
         self.obs = ShellObserver(host_block(ctx.segments["stats"].u64), self.writer)
         self._machines()
+        self.saving: Saving | None = None
+        self.restoring: Restoring | None = None
+        if ctx.image:
+            self.restoring = Restoring(self, Path(ctx.image), self._feed, self._to_launcher)
         self._sockets()
         self.timers: list[tuple[int, int, int]] = []
         self.routed: deque[tuple[Any, Any]] = deque()
@@ -132,6 +138,7 @@ class HostShell:
             ev.SlotFree: self._to_swap,
             ev.SwapInDone: self._to_vm,
             ev.SwapOutDone: self._to_vm,
+            **self._image_effects(),
         }
         self._messages: dict[
             type[Any], Callable[[tuple[str, int, int], bytes, Any, Sequence[bytes]], None]
@@ -146,6 +153,8 @@ class HostShell:
             wire.DaemonGone: self._daemon_gone,
             wire.Stop: self._stop_message,
             wire.Bye: self._bye,
+            wire.SaveVm: self._save_vm,
+            wire.Registers: self._registers,
         }
 
     def _machines(self) -> None:
@@ -190,11 +199,16 @@ class HostShell:
             self._due(now)
             if self.vm.grace_pending:
                 self._feed(self.vm, ev.LookAtGrace())
+            if (image := self.saving or self.restoring) is not None:
+                image.turn()
             self._route()
             if self.io:
                 self._send_io()
 
     def _timeout_ms(self, now: int) -> int:
+        image = self.saving or self.restoring
+        if image is not None and image.busy:
+            return 0
         if self.vm.grace_pending:
             return GRACE_POLL_MS
         due = now + IDLE_POLL_MS * 1_000_000
@@ -281,8 +295,13 @@ class HostShell:
         if kind == "L":
             self.launcher = identity
             self._send(identity, wire.HostReady(os.getpid()))
+            if self.restoring is not None:
+                self.restoring.begin()
         elif kind == "V" and message.role == wire.Role.VCPU and number < len(self.vcpus):
-            self._send(identity, wire.Welcome(0, 0))
+            if self.restoring is None:
+                self._send(identity, wire.Welcome(0, 0))
+            else:
+                self.restoring.hello(number)
         elif kind == "S" and message.role == wire.Role.SWAPD and number < len(self.daemons):
             self._daemon_hello(number, epoch, identity)
         else:
@@ -499,17 +518,58 @@ class HostShell:
         expected = [int(self.ctx.segments[f"kernel-{v}"].u64[K_TASKS]) for v in range(len(self.topology.vm))]
         if self.started or any(self.at_barrier.get(v, 0) < n for v, n in enumerate(expected)):
             return
-        self.started = True
         now = time.monotonic_ns()
-        self.stop_at_ns = now + int(self.topology.run.seconds * 1e9)
         self.obs.trace(Kind.BARRIER)
         self.control[CTL_START_NS] = np.uint64(now)
         atomics.py_store(self.control, CTL_BARRIER, np.uint64(1))
+        self.start_clock(now)
+        self._poke_all()
+
+    def start_clock(self, start_ns: int) -> None:
+        """The measured time runs, and began at ``start_ns``; so do the daemons' models."""
+        self.started = True
+        self.stop_at_ns = start_ns + int(self.topology.run.seconds * 1e9)
         for daemon in self.daemons:
             if daemon.up:
                 self._send(daemon.identity, wire.Model(1))
-        self._to_launcher(wire.Started(now))
-        self._poke_all()
+        self._to_launcher(wire.Started(start_ns))
+
+    # -- images --------------------------------------------------------------------------------------------
+    def _image_effects(self) -> dict[type[Any], Callable[[Any], None]]:
+        return {
+            ev.Paused: lambda e: self.saving.paused(e) if self.saving is not None else None,
+            ev.PageSaved: lambda e: self.saving.page_saved(e) if self.saving is not None else None,
+            ev.Restored: lambda e: self.restoring.restored(e) if self.restoring is not None else None,
+            ev.PageLoaded: lambda e: self.restoring.page_loaded(e) if self.restoring is not None else None,
+        }
+
+    def _save_vm(
+        self, peer: tuple[str, int, int], identity: bytes, message: wire.SaveVm, _: Sequence[bytes]
+    ) -> None:
+        """Refused where there is nothing to save any more: the run then ends as it would have."""
+        self._from_launcher(peer, 0)
+        if self.saving is not None or not self.started or self.stopped or self.finished:
+            raise WireError(Nack.NOT_EXPECTED, "this run cannot be saved now", wire.Kind.SAVE_VM)
+        self.saving = Saving(self, self._feed, self._to_launcher)
+
+    def _registers(
+        self, peer: tuple[str, int, int], identity: bytes, message: wire.Registers, _: Sequence[bytes]
+    ) -> None:
+        kind, cpu, _epoch = peer
+        if kind != "V" or cpu >= len(self.vcpus) or self.saving is None:
+            raise WireError(Nack.NOT_EXPECTED, "registers that nobody asked for", wire.Kind.REGISTERS)
+        self.writer.observe(message.lamport)
+        self.saving.registers(cpu, message)
+
+    def ask_registers(self, cpu: int) -> None:
+        """Have a vCPU's process hand over what it holds."""
+        self.writer.lamport += 1
+        self._send(self.cpu_identity[cpu], wire.Save(self.writer.lamport))
+
+    def give_registers(self, cpu: int, words: Any) -> None:
+        """Let a fresh process go on from there."""
+        self.writer.lamport += 1
+        self._send(self.cpu_identity[cpu], wire.Registers(self.writer.lamport, words))
 
     def _out_of_memory(self, effect: ev.OutOfMemory) -> None:
         """No frame, no slot: an orderly end instead of a hang."""

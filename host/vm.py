@@ -25,7 +25,6 @@ from host import kernels
 from host.events import (
     Answer,
     CancelFetch,
-    Content,
     Fetch,
     Fetched,
     Found,
@@ -62,6 +61,7 @@ from host.kernels import (
 )
 from host.memory import HostMemory
 from host.observe import Observer
+from proto.image import Content
 from proto.machine import Machine, MachineError, Path
 from proto.stats import HostCounter
 from proto.trace import Kind
@@ -391,7 +391,7 @@ class VmMachine(Machine):
             self._wait_for(hvp, event)
         elif state in _CONTENT:
             self.emit(PageSaved(hvp, _CONTENT[state], b""))
-        elif self.memory.is_zero(self._frame[hvp]):
+        elif self.limits.zero_pages and self.memory.is_zero(self._frame[hvp]):
             self.emit(PageSaved(hvp, Content.ZERO, b""))
         else:
             self.emit(PageSaved(hvp, Content.DATA, bytes(self.memory.page(self._frame[hvp]))))

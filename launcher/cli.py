@@ -109,6 +109,27 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--mode", choices=options.MODES, help="how page faults are delivered (default: interrupt)"
     )
     options.add_run_options(parser)
+    parser.add_argument(
+        "--restart-at",
+        action="append",
+        default=[],
+        type=options.duration_ns,
+        metavar="TIME",
+        dest="restart_at_ns",
+        help="save all guests after this much measured time and go on in a fresh set of processes; may be repeated",
+    )
+    parser.add_argument(
+        "--save-at",
+        type=options.duration_ns,
+        default=0,
+        metavar="TIME",
+        dest="save_at_ns",
+        help="save all guests after this much measured time into --image, and end there",
+    )
+    parser.add_argument("--image", type=Path, metavar="FILE", help="where --save-at puts the image")
+    parser.add_argument(
+        "--restore", type=Path, metavar="FILE", help="go on with the guests of an image instead of booting"
+    )
 
 
 def cmd_run(args: argparse.Namespace) -> int:

@@ -25,9 +25,11 @@ from launcher import reuse, rundir
 from launcher.chaos import ChaosPlan
 from launcher.execute import RunOptions, RunResult, execute
 from launcher.progress import Progress
+from launcher.restart import Moves
 from launcher.runfile import write_json
 from launcher.signals import Signals
 from launcher.zygote_link import APP_DIR
+from proto.errors import UserError
 from proto.layout import ALLOC_FIRST_GFN
 from proto.topology import PAGES_PER_MIB, Task, Topology, list_topologies, load
 from proto.topology_keys import ALLOWANCE_SPARE_PAGES
@@ -49,7 +51,20 @@ TRACE_SUFFIX: Final = ".apft"
 def cmd_run(args: argparse.Namespace) -> int:
     """One run: its summary as text or JSON."""
     topology = _load(args, mode=args.mode)
-    return _run_and_show(topology, RunOptions(out=args.out), args, must_check_reads=False)
+    options = RunOptions(out=args.out, moves=_moves(args))
+    return _run_and_show(topology, options, args, must_check_reads=False)
+
+
+def _moves(args: argparse.Namespace) -> Moves:
+    """When the guests are saved, and what they go on from."""
+    if bool(args.save_at_ns) != (args.image is not None):
+        raise UserError(
+            "--save-at and --image go together",
+            where="run",
+            allowed="both of them, or --restart-at without them",
+        )
+    paths = [path.absolute() if path is not None else None for path in (args.image, args.restore)]
+    return Moves(tuple(args.restart_at_ns), args.save_at_ns, *paths)
 
 
 def cmd_stress(args: argparse.Namespace) -> int:

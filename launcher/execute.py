@@ -1,6 +1,7 @@
 """One run from its topology to its summary: create, watch, take down, write down.
 
-Purpose: `execute` is what every command that runs something calls.
+Purpose: `execute` is what every command that runs something calls. A run that is saved and restored on its way consists of several
+sets of processes, one after the other.
 
 Invariants: a `UserError` is raised before any role has started and leaves nothing behind; afterwards there is always a summary,
 however the run ended; when it returns or raises, no process of the run exists, and no file beside those of a run directory that the
@@ -12,6 +13,7 @@ Not handled here: what is decided while the run is under way (launcher/lifecycle
 from __future__ import annotations
 
 import secrets
+import shutil
 import socket
 import time
 from collections.abc import Mapping
@@ -19,21 +21,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from launcher import resources, rundir, runfile
+import numpy as np
+import numpy.typing as npt
+
+from launcher import resources, restart, rundir, runfile
 from launcher.chaos import ChaosPlan
-from launcher.lifecycle import Bounds
+from launcher.lifecycle import SAVED, Bounds
 from launcher.online import RunCheck
 from launcher.progress import Progress
 from launcher.resources import Resources
+from launcher.restart import Carried, Moves
 from launcher.rundir import RunDir
 from launcher.runfile import usable_cores, write_json
 from launcher.signals import Signals
 from launcher.supervisor import ZYGOTE_STOP_S, Outcome, Supervisor
 from launcher.watch import Watch
 from launcher.zygote_link import Zygote
+from proto.errors import UserError
+from proto.image import ImageReader
 from proto.topology import Topology
-from proto.trace import FOLDER
+from proto.trace import events_folder
+from proto.tracefile import TraceInfo
 from report import summary as summaries
+from report.summary import Snapshot
 
 ROLES: Final[Mapping[str, str]] = {
     "host": "host.shell:main",
@@ -47,7 +57,7 @@ TRACE_BYTES: Final = 32 << 20
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """How to run a topology. out: the run directory; None: a temporary one. roles: tests put others in."""
+    """How to run a topology. out: the run directory; None: a temporary one. moves: saves and restores. roles: tests put others in."""
 
     out: Path | None = None
     chaos: ChaosPlan | None = None
@@ -56,6 +66,7 @@ class RunOptions:
     trace_bytes: int = TRACE_BYTES
     misbehaves: str = ""
     """What the guest does on purpose that liveness does not allow."""
+    moves: Moves = field(default_factory=Moves)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,53 +83,161 @@ def execute(topology: Topology, options: RunOptions, signals: Signals, progress:
     """Run a topology. Raises UserError for what this machine or the input cannot provide."""
     began_ns = time.monotonic_ns()
     traces = resources.check_traces(topology)
+    options.moves.check(topology)
     needs_disk = any(not daemon.directory and not daemon.allow_tmpfs for daemon in topology.swapd)
     run_dir = rundir.create(options.out, on_disk=needs_disk)
-    zygote = made = supervisor = check = None
-    refused = True
+    run = _Run(topology, traces, options, run_dir, signals, progress, began_ns)
     try:
+        run.all_sets()
+        progress.phase("checking")
+        checked = run.check.verdict(str(run_dir.path), run.outcome.ended, options.misbehaves)
+        return _write_down(run, checked)
+    finally:
+        run.check.close()
+        progress.done()
+        if run.begun:
+            run_dir.remove()
+        else:
+            run_dir.discard()
+
+
+class _Run:
+    """One run: a set of processes, and after each restore another one (launcher/restart.py).
+
+    begun: a role may have started. end, kernels: figures and guest kernels as the last set left them.
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        traces: Mapping[str, TraceInfo],
+        options: RunOptions,
+        run_dir: RunDir,
+        signals: Signals,
+        progress: Progress,
+        began_ns: int,
+    ) -> None:
+        self.topology = topology
+        self.options = options
+        self.run_dir = run_dir
+        self.begun = False
+        self.record: dict[str, Any] = {}
+        self.outcome = Outcome()
+        self.check = RunCheck(
+            run_dir.path / events_folder(1), topology, joined=options.moves.restore is not None
+        )
+        self.carried = Carried()
+        self.warnings: list[str] = []
+        self.end = Snapshot(0, np.zeros(0, np.uint64), np.zeros(0, np.uint64))
+        self.kernels: list[npt.NDArray[np.uint64]] = []
+        self._traces = traces
+        self._signals = signals
+        self._signals_seen = signals.count
+        self._progress = progress
+        self._began_ns = began_ns
+
+    def all_sets(self) -> None:
+        """Until the run is over. UserError when it never began."""
+        moves = self.options.moves
+        image = moves.restore
+        for number, save_at_ns in enumerate((*moves.times_ns, 0), start=1):
+            self._one_set(number, image, save_at_ns)
+            if self.outcome.ended != SAVED or save_at_ns not in moves.restart_at_ns:
+                break
+            image = self.run_dir.image
+        if self.outcome.ended == SAVED and moves.image is not None:
+            self._keep_image(moves.image)
+
+    def _one_set(self, number: int, image: Path | None, save_at_ns: int) -> None:
+        topology, options, run_dir = self.topology, self.options, self.run_dir
+        made = supervisor = None
         # It imports and compiles while the memory is being prepared.
         zygote = Zygote(run_dir.log("zygote-0"), run_dir.cleanup)
-        progress.phase("preparing")
-        made = resources.prepare(topology, traces, run_dir.path)
-        record = _describe(topology, made)
-        write_json(run_dir.path / "run.json", record)
-        refused = False
-        supervisor = Supervisor(
-            topology,
-            zygote,
-            run_dir,
-            made,
-            signals,
-            progress,
-            began_ns=began_ns,
-            chaos=options.chaos,
-            bounds=options.bounds,
-        )
-        zygote.send_setup(_config(topology, made, run_dir, record["run_id"], options), _descriptors(made))
-        check = RunCheck(run_dir.path / FOLDER, topology)
-        check.start()
         try:
-            supervisor.run()
+            self._progress.phase("preparing")
+            made = self._prepare(image)
+            if made is None:
+                return
+            self._begin(number, made)
+            supervisor = Supervisor(
+                topology,
+                zygote,
+                run_dir,
+                made,
+                self._signals,
+                self._progress,
+                began_ns=self._began_ns,
+                chaos=options.chaos,
+                bounds=options.bounds,
+                save_at_ns=save_at_ns,
+                before=self.outcome if image is not None else None,
+                signals_seen=self._signals_seen,
+            )
+            self.outcome = supervisor.outcome
+            config = _config(topology, made, run_dir, self.record["run_id"], options)
+            config |= {
+                "events": events_folder(number),
+                "lamport": self.carried.lamport,
+                "image": str(image or ""),
+            }
+            zygote.send_setup(config, _descriptors(made))
+            start_ns = self.outcome.start_ns
+            try:
+                supervisor.run()
+            finally:
+                supervisor.tear_down()
+            self._signals_seen = supervisor.signals_seen
+            self.carried.went_on(start_ns, self.outcome.start_ns, resumed=image is not None)
+            self._take_figures(made)
         finally:
-            supervisor.tear_down()
-        progress.phase("checking")
-        checked = check.verdict(str(run_dir.path), supervisor.outcome.ended, options.misbehaves)
-        return _write_down(topology, made, run_dir, record, supervisor.outcome, options.chaos, checked)
-    finally:
-        if check is not None:
-            check.close()
-        if zygote is not None:
             if supervisor is None:
                 zygote.stop(ZYGOTE_STOP_S)
             zygote.close()
-        if made is not None:
-            made.close()
-        progress.done()
-        if refused:
-            run_dir.discard()
+            if made is not None:
+                made.close()
+
+    def _begin(self, number: int, made: Resources) -> None:
+        """A set has what it needs; its processes come next."""
+        if number == 1:
+            self.record = _describe(self.topology, made)
+            self.record["restored"] = self.options.moves.restore is not None
+            write_json(self.run_dir.path / "run.json", self.record)
+            self.begun = True
+            self.check.start()
         else:
-            run_dir.remove()
+            highest = self.check.go_on(self.run_dir.path / events_folder(number))
+            self.carried.lamport = max(self.carried.lamport, highest)
+
+    def _prepare(self, image: Path | None) -> Resources | None:
+        """Fresh resources, with what an image holds of them. None, and the run has failed, when a later set cannot have them."""
+        made = None
+        try:
+            made = resources.prepare(self.topology, self._traces, self.run_dir.path)
+            if image is not None:
+                with ImageReader(image) as reader:
+                    restart.fill(reader, made.segments, len(self.topology.vm))
+                    self.carried.lamport = reader.meta["lamport"]
+                self.carried.put(made.segments)
+        except UserError as error:
+            if made is not None:
+                made.close()
+            if not self.begun:
+                raise
+            self.outcome.ended = f"failed:restart: {error}"
+            return None
+        return made
+
+    def _take_figures(self, made: Resources) -> None:
+        self.end = Watch(made.segments).snapshot(self.outcome.end_ns)
+        self.kernels = [made.segments[f"kernel-{v}"].u64.copy() for v in range(len(self.topology.vm))]
+        self.carried.take(made.segments)
+        self.warnings += [warning for warning in made.warnings if warning not in self.warnings]
+
+    def _keep_image(self, target: Path) -> None:
+        try:
+            shutil.move(self.run_dir.image, target)
+        except OSError as error:
+            self.outcome.ended = f"failed:the image cannot be put to {target}: {error.strerror}"
 
 
 def _describe(topology: Topology, made: Resources) -> dict[str, Any]:
@@ -160,44 +279,35 @@ def _tcp_endpoint(topology: Topology) -> str:
         return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
 
 
-def _write_down(
-    topology: Topology,
-    made: Resources,
-    run_dir: RunDir,
-    record: dict[str, Any],
-    outcome: Outcome,
-    chaos: ChaosPlan | None,
-    checked: dict[str, Any],
-) -> RunResult:
+def _write_down(run: _Run, checked: dict[str, Any]) -> RunResult:
     """Everything has ended: summary.json and the second version of run.json."""
-    warnings = list(made.warnings)
+    topology, run_dir, outcome = run.topology, run.run_dir, run.outcome
+    warnings = list(run.warnings)
     if outcome.bad_messages:
         warnings.append(f"the launcher dropped {outcome.bad_messages} messages that break the contract")
     warnings += outcome.details if outcome.orderly else []
+    start_ns = outcome.start_ns
+    if run.options.moves.restore is not None and outcome.at_start is not None:
+        # What was measured before the image is another run's.
+        start_ns = outcome.at_start.at_ns + run.carried.down_ns
     facts = summaries.RunFacts(
         ended=outcome.ended,
-        start_ns=outcome.start_ns,
+        start_ns=start_ns,
         end_ns=outcome.end_ns,
         started_in_s=outcome.started_in_s,
         restarts=outcome.restarts,
         usable_cores=usable_cores(),
         pcpus=topology.pcpus(usable_cores()),
         memory=outcome.memory,
-        chaos=_chaos_facts(chaos, outcome),
+        chaos=_chaos_facts(run.options.chaos, outcome),
         outage=outcome.outage.summary(),
         check=checked,
+        save_restore=run.carried.facts(run.options.moves, outcome.saved_pages),
         warnings=warnings,
     )
-    summary = summaries.build(
-        topology,
-        Watch(made.segments).snapshot(outcome.end_ns),
-        [made.segments[f"kernel-{v}"].u64 for v in range(len(topology.vm))],
-        facts,
-        outcome.at_start,
-        outcome.at_stop,
-    )
+    summary = summaries.build(topology, run.end, run.kernels, facts, outcome.at_start, outcome.at_stop)
     log = run_dir.log_tail(outcome.culprit) if outcome.culprit else []
-    record |= {
+    record = run.record | {
         "ended": outcome.ended,
         "details": outcome.details,
         "log": log,

@@ -27,6 +27,8 @@ MS: Final = 1_000_000
 S: Final = 1_000_000_000
 STABLE_NS: Final = 200 * MS
 """A daemon that lived this long had a start that worked."""
+SAVED: Final = "saved"
+"""How a set of processes ended that left an image."""
 QUICK_DEATHS_MAX: Final = 5
 """Starts in a row that did not work: a sixth would not either."""
 
@@ -39,6 +41,8 @@ class Bounds:
     """To the start barrier: forks, boot, filling guest memory."""
     drain_ns: int = 60 * S
     """From the end of the measured time to the end of the last vCPU, the final sweeps of `stamp` tasks included."""
+    save_ns: int = 120 * S
+    """From the order to save to the complete image: sleepers that cannot be moved are waited for, all memory is written."""
     stop_ns: int = 1 * S
     """From the user's Ctrl-C to the teardown."""
 
@@ -87,6 +91,8 @@ class Phase(Enum):
     """The host is being started."""
     FILLING = "filling memory"
     RUNNING = "running"
+    SAVING = "saving"
+    """The vCPUs are being stopped, memory is written into an image."""
     STOPPING = "stopping"
     """The user has asked for the end."""
     OVER = "over"
@@ -135,6 +141,8 @@ class Lifecycle:
     restart_limits: Sequence[int]
     seconds: float
     bounds: Bounds = field(default_factory=Bounds)
+    save_at_ns: int = 0
+    """Measured time at which everything is saved, which ends this set of processes; 0: never."""
     phase: Phase = Phase.STARTING
     start_ns: int = 0
     """When the barrier opened; 0 before."""
@@ -175,6 +183,8 @@ class Lifecycle:
                 self.phase = Phase.RUNNING
                 self.start_ns = start_ns
                 self._deadline_ns = now_ns + int(self.seconds * S) + self.bounds.drain_ns
+            case wire.Saved() if self.phase is Phase.SAVING:
+                return self._end(SAVED, orderly=True)
             case wire.Finished() if self.phase is not Phase.OVER:
                 return self._end("interrupted" if self._signals else "finished", orderly=True)
             case wire.Failed(reason) if self.phase is not Phase.OVER:
@@ -212,7 +222,8 @@ class Lifecycle:
         self._signals += 1
         if self.phase is Phase.OVER:
             return []
-        if self._signals > 1 or self.phase is Phase.STARTING:
+        if self._signals > 1 or self.phase in (Phase.STARTING, Phase.SAVING):
+            # Before there is a guest, and when it stands, nothing can end in order.
             return self._end("interrupted")
         self.phase = Phase.STOPPING
         self._deadline_ns = now_ns + self.bounds.stop_ns
@@ -227,11 +238,20 @@ class Lifecycle:
 
     def on_time(self, now_ns: int) -> list[Effect]:
         """To be called when time has passed."""
+        if self.phase is Phase.RUNNING and self.save_due_ns and now_ns >= self.save_due_ns:
+            self.phase = Phase.SAVING
+            self._deadline_ns = now_ns + self.bounds.save_ns
+            return [Tell(wire.SaveVm("asked for"))]
         if self.phase is Phase.OVER or now_ns < self._deadline_ns:
             return []
         if self.phase is Phase.STOPPING:
             return self._end("interrupted")
         return self._end(f"failed:timeout while {self.phase.value}")
+
+    @property
+    def save_due_ns(self) -> int:
+        """When everything is to be saved, monotonic; 0: never, or not known yet."""
+        return self.start_ns + self.save_at_ns if self.save_at_ns and self.start_ns else 0
 
     def on_chaos(self, daemon: int) -> list[Effect]:
         """Chaos wants this daemon dead; nothing happens if it is dead already."""

@@ -28,10 +28,10 @@ BUSY_EVENTS: Final = 1 << 15
 class RunCheck:
     """The check of one run; `start` it before the processes record anything, `verdict` it when they have gone, `close` it always."""
 
-    def __init__(self, folder: Path, topology: Topology) -> None:
-        """folder: where the event files will be."""
+    def __init__(self, folder: Path, topology: Topology, *, joined: bool = False) -> None:
+        """folder: where the event files will be. joined: the guests have lived before, their events are elsewhere."""
         writers = ["host", *(f"vcpu-{cpu}" for cpu in range(topology.total_vcpus))]
-        self._check = OnlineCheck(folder, topology.run.profile, writers)
+        self._check = OnlineCheck(folder, topology.run.profile, writers, joined=joined)
         self._over = threading.Event()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="check", daemon=True)
@@ -39,6 +39,17 @@ class RunCheck:
     def start(self) -> None:
         """Begin. The compiled rules are loaded when there is something to check: the start of the processes does not wait for it."""
         self._thread.start()
+
+    def go_on(self, folder: Path) -> int:
+        """The processes have gone, others go on with their guests and record there; see `OnlineCheck.go_on`."""
+        self._stop()
+        if self._error is not None:
+            raise self._error
+        lamport = self._check.go_on(folder)
+        self._over.clear()
+        self._thread = threading.Thread(target=self._run, name="check", daemon=True)
+        self._thread.start()
+        return lamport
 
     def verdict(self, name: str, ended: str, misbehaves: str = "") -> dict[str, Any]:
         """The `check` table of the summary. misbehaves: why the guest is not held to liveness, "" if it is. Whatever went wrong in the

@@ -22,6 +22,8 @@ from proto.errors import UserError
 from swapd import swapfile
 
 SOCKET_NAME: Final = "h"
+IMAGE_NAME: Final = "image"
+"""Where the host writes an image; it does not outlive the run (host/image.py FILE_NAME)."""
 SOCKET_PATH_BYTES_MAX: Final = 107
 """sun_path holds 108 bytes, one of them the terminator."""
 DISK_TEMP: Final = Path("/var/tmp")  # noqa: S108 - only as the parent of a fresh 0700 directory
@@ -53,10 +55,15 @@ class RunDir:
         return f"ipc://{self.socket}"
 
     @property
+    def image(self) -> Path:
+        """Where the host writes an image of the guests."""
+        return self.path / IMAGE_NAME
+
+    @property
     def cleanup(self) -> list[Path]:
         """What goes away at the end of the run, or with the launcher."""
         paths = [self.socket] if self.socket_dir == self.path else [self.socket_dir]
-        return [*paths, self.path] if self.temporary else paths
+        return [*paths, self.path if self.temporary else self.image]
 
     def log(self, name: str) -> Path:
         """Log file of a process, by its name: vcpu-3."""
@@ -72,8 +79,8 @@ class RunDir:
 
     def remove(self) -> None:
         """Remove what does not outlive the run. OSError when that fails."""
-        with contextlib.suppress(FileNotFoundError):
-            self.socket.unlink()
+        for path in (self.socket, self.image):
+            path.unlink(missing_ok=True)
         for folder in (self.socket_dir, self.path) if self.temporary else (self.socket_dir,):
             if folder.exists() and (self.temporary or folder != self.path):
                 shutil.rmtree(folder)

@@ -80,6 +80,8 @@ class Outcome:
     at_start: Snapshot | None = None
     at_stop: Snapshot | None = None
     outage: OutageMeter = field(default_factory=OutageMeter)
+    saved_pages: int = 0
+    """With contents, in the last image."""
 
 
 class Supervisor:
@@ -97,21 +99,32 @@ class Supervisor:
         began_ns: int,
         chaos: ChaosPlan | None = None,
         bounds: Bounds | None = None,
+        save_at_ns: int = 0,
+        before: Outcome | None = None,
+        signals_seen: int | None = None,
     ) -> None:
-        """began_ns: when the user's wait began, monotonic. chaos: kill daemons, too."""
-        self.outcome = Outcome()
+        """began_ns: when the user's wait began, monotonic. chaos: kill daemons, too. save_at_ns: see `Lifecycle`.
+
+        before: what became of the run so far, when this set of processes goes on from an image. signals_seen: those that the run
+        has dealt with; by default all so far.
+        """
+        self.outcome = before or Outcome()
+        self._resumed = before is not None
+        self._restarts_before = self.outcome.restarts
         self._topology = topology
         self._zygote = zygote
         self._zygote_gone = False
         self._run_dir = run_dir
         self._resources = resources
         self._signals = signals
-        self._signals_seen = signals.count
+        self._signals_seen = signals.count if signals_seen is None else signals_seen
         self._progress = progress
         self._began_ns = began_ns
         self._chaos = chaos
         limits = [daemon.restart_limit for daemon in topology.swapd]
-        self._life = Lifecycle(topology.total_vcpus, limits, topology.run.seconds, bounds or Bounds())
+        self._life = Lifecycle(
+            topology.total_vcpus, limits, topology.run.seconds, bounds or Bounds(), save_at_ns
+        )
         self._watch = Watch(resources.segments)
         # An observer writes to no eventfd; their number says how many vCPUs there are.
         self._pcpu = Pcpu(
@@ -131,6 +144,11 @@ class Supervisor:
         self._poller.register(signals.fileno(), zmq.POLLIN)
         self._children_before = _children()
         self._subreaper_before = _subreaper(on=True)
+
+    @property
+    def signals_seen(self) -> int:
+        """Signals that were dealt with."""
+        return self._signals_seen
 
     # -- the loop ---------------------------------------------------------------------------------------------------------
     def run(self) -> None:
@@ -169,6 +187,8 @@ class Supervisor:
             and self.outcome.at_stop is None
             and now_ns + TICK_MS * MS > self._life.start_ns + int(self._topology.run.seconds * S)
         )
+        if self._life.phase is Phase.RUNNING and 0 < self._life.save_due_ns < now_ns + TICK_MS * MS:
+            return max(0, -(-(self._life.save_due_ns - now_ns) // MS))
         booting = self.outcome.started_in_s is None and self._dealer is not None
         if stop_near or booting or self.outcome.outage.is_down():
             return QUICK_TICK_MS
@@ -189,11 +209,14 @@ class Supervisor:
                 continue
             now_ns = time.monotonic_ns()
             was = self._life.phase
+            if isinstance(message, wire.Saved):
+                self.outcome.saved_pages = message.pages
             self._perform(self._life.on_host(message, now_ns))
             if self._life.phase is Phase.RUNNING and was is not Phase.RUNNING:
                 self._barrier_opened(now_ns)
             elif self._life.phase is Phase.FILLING and was is not Phase.FILLING:
-                self._progress.phase(f"starting {self._topology.total_vcpus} vCPUs, filling memory")
+                what = "restoring" if self._resumed else "filling"
+                self._progress.phase(f"starting {self._topology.total_vcpus} vCPUs, {what} memory")
 
     def _hear_zygote(self) -> None:
         for report in self._zygote.receive():
@@ -251,7 +274,7 @@ class Supervisor:
         outcome.ended, outcome.orderly, outcome.culprit = end.ended, end.orderly, end.culprit
         outcome.end_ns = time.monotonic_ns()
         outcome.start_ns = self._life.start_ns
-        outcome.restarts = self._life.restarts
+        outcome.restarts = self._restarts_before + self._life.restarts
         if end.ended.startswith(("failed:timeout", "failed:stalled")):
             outcome.details += self._watch.describe_vcpus()
 
@@ -286,9 +309,15 @@ class Supervisor:
             self._perform(effects)
 
     def _barrier_opened(self, now_ns: int) -> None:
-        self.outcome.at_start = self._watch.snapshot(now_ns)
+        if self.outcome.at_start is None:
+            self.outcome.at_start = self._watch.snapshot(now_ns)
         self.outcome.outage.begin(now_ns, self._watch.work())
-        self._memory_due_ns = now_ns + int(self._topology.run.seconds * S / 2)
+        if self.outcome.memory is None:
+            self._memory_due_ns = max(
+                now_ns + S // 10, self._life.start_ns + int(self._topology.run.seconds * S / 2)
+            )
+        if self._resumed:
+            self._run_dir.image.unlink(missing_ok=True)
         if self.outcome.started_in_s is None:
             self.outcome.started_in_s = (now_ns - self._began_ns) / S
         if self._chaos is not None:

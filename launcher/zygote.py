@@ -352,6 +352,9 @@ def make_context(config: Mapping[str, Any], fds: Sequence[int]) -> RunContext:
         swap_files=[SwapFileInfo(fd, *rest) for fd, rest in zip(fds[len(sizes) :], files, strict=True)],
         traces=[ReplayTrace(*trace) for trace in config["traces"]],
         trace_bytes=config["trace_bytes"],
+        events=config["events"],
+        lamport=config["lamport"],
+        image=config["image"],
     )
 
 

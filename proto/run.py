@@ -52,12 +52,20 @@ class RunContext:
     swap_files: Sequence[SwapFileInfo]
     traces: Sequence[ReplayTrace] = field(default=())
     trace_bytes: int = 32 << 20
+    events: str = "events"
+    """Folder of the event files in the run directory: each set of processes of a run has its own."""
+    lamport: int = 0
+    """Counters of this set of processes begin above it."""
+    image: str = ""
+    """Path of the image that this set of processes goes on from; "" = from the boot."""
 
     def trace(self, name: str, proc: int) -> TraceWriter:
-        """The event file of this process: ``events/NAME.bin`` in the run directory."""
-        folder = self.run_dir / "events"
+        """The event file of this process: ``NAME.bin`` in its folder of the run directory."""
+        folder = self.run_dir / self.events
         folder.mkdir(exist_ok=True)
-        return TraceWriter(folder / f"{name}.bin", proc, capacity_bytes=self.trace_bytes)
+        writer = TraceWriter(folder / f"{name}.bin", proc, capacity_bytes=self.trace_bytes)
+        writer.observe(self.lamport)
+        return writer
 
     def vm_of_cpu(self, cpu: int) -> tuple[int, int]:
         """(vm index, vcpu_id) of global vCPU ``cpu``."""

@@ -99,6 +99,10 @@ class Topology:
         share = -(-int(self.guest_pages * SWAP_PER_GUEST) // len(self.swapd))
         return tuple(daemon.size_mib * PAGES_PER_MIB or share for daemon in self.swapd)
 
+    def guest_identity(self) -> dict[str, Any]:
+        """What an image of the guests has to fit: a host that restores it may differ in all else."""
+        return {"mode": self.run.mode, "profile": self.run.profile, "vm": self.to_dict()["vm"]}
+
     def resolve_path(self, name: str) -> Path:
         """A path of the topology (a trace, a directory), which is relative to the folder of its file."""
         return Path(self.file).parent / name

@@ -45,7 +45,9 @@ __all__ = [
     "TraceFile",
     "TraceWriter",
     "event_dicts",
+    "event_files",
     "event_id",
+    "events_folder",
     "merge",
     "read_events",
     "read_file",
@@ -53,6 +55,19 @@ __all__ = [
 ]
 
 SEQ_MASK: Final = 0xFFFF_FFFF
+
+
+def events_folder(number: int) -> str:
+    """Folder of the event files of a run's set of processes number 1, 2, ...
+
+    Lamport counters go on from set to set, so that the files of all of them are one history.
+    """
+    return FOLDER if number == 1 else f"{FOLDER}-{number}"
+
+
+def event_files(run_dir: Path) -> list[Path]:
+    """The event files of a run directory, of all its sets of processes."""
+    return sorted(run_dir.glob(f"{FOLDER}/*{SUFFIX}")) + sorted(run_dir.glob(f"{FOLDER}-*/*{SUFFIX}"))
 
 
 class TraceFile(NamedTuple):

@@ -328,6 +328,8 @@ DONE_DTYPE: Final = np.dtype([("id", "<u8"), ("result", "<i8"), ("service_ns", "
 """One reply: bytes moved or -errno; time from submission to completion in the daemon."""
 REGISTER_DTYPE: Final = np.dtype([("word", "<u8")])
 """One register."""
+POWERED_DOWN: Final = 0
+"""The only word of REGISTERS for a vCPU that is powered down and stays so."""
 
 Message = (
     Hello | Welcome | NackMsg | Bye | Exit | Entry | Kick | Save | Registers | Io | IoDone | Ping | Pong | Model

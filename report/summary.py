@@ -69,6 +69,9 @@ from proto.topology import Topology
 
 U64 = npt.NDArray[np.uint64]
 NS_PER_S: Final = 1_000_000_000
+FINISHED: Final = "finished"
+SAVED: Final = "saved"
+"""A run that ended with an image of its guests, as it was to."""
 PACE_KEPT_RATIO: Final = 0.98
 """A paced vCPU that executed less of the wall time than this did not keep its pace."""
 KILL_NAMES: Final = {KILL_SEGV: "segv", KILL_OOM: "oom", KILL_MACHINE_CHECK: "machine_check"}
@@ -128,7 +131,7 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class RunFacts:
-    """What is not in shared memory. `ended`: finished, interrupted or failed:WHY. Times are monotonic ns, 0 = never."""
+    """What is not in shared memory. `ended`: finished, saved, interrupted or failed:WHY. Times are monotonic ns, 0 = never."""
 
     ended: str
     start_ns: int = 0
@@ -142,6 +145,8 @@ class RunFacts:
     outage: Mapping[str, Any] | None = None
     check: Mapping[str, Any] | None = None
     """As `report.check.verdict.Verdict.summary`, and how many of its events were checked while the run was under way."""
+    save_restore: Mapping[str, Any] | None = None
+    """Restores planned and done, ms in which the guests stood still, pages with contents in the last image."""
     warnings: Sequence[str] = field(default=())
 
 
@@ -200,6 +205,7 @@ def build(
         "chaos": dict(facts.chaos) if facts.chaos else None,
         "outage": dict(facts.outage) if facts.outage else None,
         "check": dict(facts.check) if facts.check else None,
+        "save_restore": dict(facts.save_restore) if facts.save_restore else None,
     }
     summary["warnings"] = [*facts.warnings, *_warnings(topology, summary)]
     return summary
@@ -210,7 +216,12 @@ def failures(summary: Mapping[str, Any], *, must_check_reads: bool = False) -> l
 
     must_check_reads: a run in which no read was checked proves nothing (stress, chaos).
     """
-    found = [] if summary["ended"] == "finished" else [f"the run ended: {summary['ended']}"]
+    found = [] if summary["ended"] in (FINISHED, SAVED) else [f"the run ended: {summary['ended']}"]
+    moved = summary["save_restore"]
+    if moved is not None and summary["ended"] == FINISHED and moved["done"] < moved["planned"]:
+        found.append(
+            f"{moved['planned']} restores were asked for, {moved['done']} took place: the run was over before"
+        )
     integrity, tasks = summary["integrity"], summary["tasks"]
     if integrity["errors"]:
         found.append(f"{integrity['errors']} reads found a lost or stale word")

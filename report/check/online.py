@@ -50,18 +50,21 @@ class _File:
 class OnlineCheck:
     """The check of one run.
 
-    Constructor: folder: where the event files will be. writers: names of the files without which nothing can be ordered.
+    Constructor: folder: where the event files will be. writers: names of the files without which nothing can be ordered. joined: as for
+    `Checker`.
     """
 
-    def __init__(self, folder: Path, profile: str, writers: Collection[str]) -> None:
-        self.checker = Checker(profile)
+    def __init__(self, folder: Path, profile: str, writers: Collection[str], *, joined: bool = False) -> None:
+        self.checker = Checker(profile, joined=joined)
         self.checked_upto = 0
         """Lamport counter up to which everything was checked."""
         self._folder = folder
+        self._writers = frozenset(writers)
         self._missing = set(writers)
         self._files: dict[str, _File] = {}
         self._seen: set[str] = set()
         self._cut = ""
+        self._notes: list[str] = []
         self._online = 0
 
     # -- while the run is under way --------------------------------------------------------------------------------------
@@ -138,6 +141,30 @@ class OnlineCheck:
         """Check what is left when every process has gone; the verdict on the whole run. ended: as in the summary. misbehaves: why
         liveness is not to be judged.
         """
+        cut = self._check_rest() or ("" if ended == FINISHED else f"the run ended as {ended!r}") or misbehaves
+        if not self._seen:
+            cut = "no process recorded anything"
+        verdict = self.checker.finish(name, cut=cut)
+        verdict.notes[:0] = self._notes
+        verdict.note_stop(stopped=self.checker.stopped)
+        return verdict
+
+    def go_on(self, folder: Path) -> int:
+        """Every process has gone, and others that go on with the same guests will leave their files there.
+
+        Returns the counter above which theirs have to begin, so that both are one history.
+        """
+        self._cut = self._check_rest()
+        highest = max((one.live.last for one in self._files.values()), default=0)
+        self.close()
+        self._seen.clear()
+        self._missing = set(self._writers)
+        self._folder = folder
+        self.checked_upto = highest
+        return highest
+
+    def _check_rest(self) -> str:
+        """Check what files without a writer hold; why that is not all, "" if it is."""
         self._missing.clear()
         self._files_at_the_end()
         limit, before = self._last(), -1
@@ -145,13 +172,8 @@ class OnlineCheck:
             before = self.checked_upto
             self._check_upto(limit)
         notes, cut = self._losses()
-        cut = self._cut or cut or ("" if ended == FINISHED else f"the run ended as {ended!r}") or misbehaves
-        if not self._seen:
-            cut = "no process recorded anything"
-        verdict = self.checker.finish(name, cut=cut)
-        verdict.notes[:0] = notes
-        verdict.note_stop(stopped=self.checker.stopped)
-        return verdict
+        self._notes += notes
+        return self._cut or cut
 
     @property
     def online(self) -> int:

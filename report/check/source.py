@@ -19,7 +19,7 @@ from typing import Any, Final
 import numpy as np
 
 from proto.errors import UserError
-from proto.trace import EVENT, FOLDER, HEADER_BYTES, SUFFIX, Events, merge, read_file
+from proto.trace import EVENT, FOLDER, HEADER_BYTES, SUFFIX, Events, event_files, merge, read_file
 
 WINDOW_EVENTS: Final = 1 << 17
 DEFAULT_PROFILE: Final = "mainline"
@@ -74,7 +74,7 @@ def _next_ends(counters: list[Counters], at: list[int], window_events: int) -> l
 
 def open_run(run_dir: Path) -> Source:
     """The run of a run directory. UserError when there are no event files, or bad ones."""
-    paths = sorted((run_dir / FOLDER).glob(f"*{SUFFIX}"))
+    paths = event_files(run_dir)
     if not paths:
         raise UserError(
             "no event files", where=str(run_dir), allowed=f"a run directory with {FOLDER}/*{SUFFIX}"

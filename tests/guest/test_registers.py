@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from guest.registers import POWERED_DOWN, Registers
+from guest.registers import Registers
 from proto import layout as L  # noqa: N812 - a table of constants
 from proto.events import Kind
-from proto.wire import ExitReason
+from proto.wire import POWERED_DOWN, ExitReason
 from tests.guest.cpu_world import MS, Behaviour, World, config, ends, faults, once, works
 from tests.guest.test_apf import in_context, quiet
 
+OFF = Registers.from_words([POWERED_DOWN])
 MODES = (("interrupt", "mainline"), ("exception", "v7"), ("exception", "v3"), ("halt", "mainline"))
 
 
@@ -140,11 +141,9 @@ def test_powered_down_cpu_stays_down() -> None:
     world = World(config("interrupt"), [ends, ends])
     world.run()
     assert world.powered_down is not None
-    assert Registers.from_words(POWERED_DOWN.words()) == POWERED_DOWN
+    assert Registers.from_words(OFF.words()) == OFF
     fresh = World(config("interrupt"), [ends, ends], world.seg)
-    fresh.cpu = type(fresh.cpu)(
-        fresh.config, fresh.seg.kern, fresh.page, fresh.seg.control, fresh.acc, POWERED_DOWN
-    )
+    fresh.cpu = type(fresh.cpu)(fresh.config, fresh.seg.kern, fresh.page, fresh.seg.control, fresh.acc, OFF)
     fresh.run()
     assert [e.reason for e in fresh.exits] == []
     assert fresh.powered_down is not None
@@ -156,9 +155,9 @@ def test_powered_down_cpu_stays_down() -> None:
     ("words", "says"),
     [
         ([], "version None"),
-        ([2, *POWERED_DOWN.words()[1:]], "version 2, allowed: 1"),
-        (POWERED_DOWN.words()[:-1], "20 register words, allowed: 21"),
-        ([*POWERED_DOWN.words(), 0], "22 register words, allowed: 21"),
+        ([2, *OFF.words()[1:]], "version 2, allowed: 1"),
+        (OFF.words()[:-1], "20 register words, allowed: 21"),
+        ([*OFF.words(), 0], "22 register words, allowed: 21"),
     ],
 )
 def test_bad_registers_are_refused(words: list[int], says: str) -> None:
@@ -167,5 +166,5 @@ def test_bad_registers_are_refused(words: list[int], says: str) -> None:
 
 
 def test_negative_numbers_survive() -> None:
-    record = POWERED_DOWN._replace(current=-1, last=-1, vclock_ns=(1 << 62) + 1)
+    record = OFF._replace(current=-1, last=-1, vclock_ns=(1 << 62) + 1)
     assert Registers.from_words(record.words()) == record

@@ -17,6 +17,7 @@ from host.swap import SwapMachine
 from host.vcpu import VcpuMachine
 from host.vm import Limits, Memslot, VmMachine
 from proto import kvm
+from proto.image import Content
 from proto.layout import APF_AREA_GPA, MODE_IN_GUEST, VP_STATE, XF_IF, XF_WRITE, npt_tables
 from proto.profile import PROFILES
 from proto.stats import HostCounter, HostHist
@@ -100,7 +101,7 @@ class Bench:
         self.disk: dict[int, bytes] = {}
         self.seq = 0
         self.out_of_memory = 0
-        self.image: dict[int, tuple[ev.Content, bytes]] = {}
+        self.image: dict[int, tuple[Content, bytes]] = {}
         """Pages saved so far (tests/host/moving.py)."""
         self.told: list[Any] = []
         """Answers about pausing, restoring and pages of an image."""

@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 from host import events as ev
 from host.saving import PageWalk
+from proto.image import Content
 from proto.layout import XF_RESTART
 from proto.wire import ExitReason
 from tests.host.harness import Bench
 
-Page = tuple[ev.Content, bytes]
+Page = tuple[Content, bytes]
 
 
 class Image(NamedTuple):

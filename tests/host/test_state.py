@@ -10,6 +10,7 @@ from host import events as ev
 from host.state import RESTORE_ORDER, MpState, VcpuState, save_list
 from host.vcpu import Where
 from proto import kvm
+from proto.image import Content
 from proto.layout import XF_RESTART
 from proto.machine import MachineError
 from proto.profile import PROFILES
@@ -399,8 +400,8 @@ def test_memory_is_saved_while_most_of_it_is_on_swap() -> None:
     let_stop(bench)
     image = save(bench)
     kinds = [content for content, _ in image.pages]
-    assert kinds.count(ev.Content.DATA) >= 140
-    assert kinds[255] is ev.Content.NONE
+    assert kinds.count(Content.DATA) >= 140
+    assert kinds[255] is Content.NONE
     assert bench.vm.free_count <= 48
     fresh = restore(image, frames=48, low=8, high=16)
     fresh.settle()
@@ -426,18 +427,18 @@ def test_pages_without_contents_stay_so() -> None:
     pause(bench)
     let_stop(bench)
     image = save(bench)
-    assert image.pages[GFN] == (ev.Content.ZERO, b"")
-    assert image.pages[GFN + 1] == (ev.Content.BAD, b"")
+    assert image.pages[GFN] == (Content.ZERO, b"")
+    assert image.pages[GFN + 1] == (Content.BAD, b"")
     fresh = restore(image)
     free = fresh.vm.free_count
     assert fresh.vm.state[GFN] == 1
-    assert free == fresh.memory.frame_count - sum(content is ev.Content.DATA for content, _ in image.pages)
+    assert free == fresh.memory.frame_count - sum(content is Content.DATA for content, _ in image.pages)
     assert fresh.touch(GFN + 1) is not None
     assert fresh.entries[0].inject == Inject.MACHINE_CHECK
 
 
 def test_a_page_is_loaded_once() -> None:
     bench = Bench()
-    bench.feed(bench.vm, ev.LoadPage(GFN, ev.Content.DATA, bytes(4096)))
+    bench.feed(bench.vm, ev.LoadPage(GFN, Content.DATA, bytes(4096)))
     with pytest.raises(MachineError):
-        bench.feed(bench.vm, ev.LoadPage(GFN, ev.Content.DATA, bytes(4096)))
+        bench.feed(bench.vm, ev.LoadPage(GFN, Content.DATA, bytes(4096)))

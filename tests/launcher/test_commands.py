@@ -90,6 +90,7 @@ class _Runs:
 def _args(**more: Any) -> argparse.Namespace:
     given: dict[str, Any] = {"topology": "quickstart", "changes": [], "out": None, "json": True}
     given |= {"profile": None, "seconds": None, "seed": None}
+    given |= {"restart_at_ns": [], "save_at_ns": 0, "image": None, "restore": None}
     return argparse.Namespace(**(given | more))
 
 

@@ -25,8 +25,9 @@ def test_a_temporary_one_is_private_and_goes_away() -> None:
 def test_a_named_one_stays_without_its_socket(tmp_path: Path) -> None:
     made = rundir.create(tmp_path / "a" / "b", on_disk=True)
     made.socket.touch()
+    made.image.touch()
     (made.path / "summary.json").touch()
-    assert made.cleanup == [made.socket]
+    assert made.cleanup == [made.socket, made.image]
     made.remove()
     assert {path.name for path in made.path.iterdir()} == {"logs", "events", "summary.json"}
 
@@ -48,7 +49,7 @@ def test_a_long_path_gets_a_short_socket(tmp_path: Path) -> None:
     assert made.socket_dir != made.path
     assert len(str(made.socket)) <= SOCKET_PATH_BYTES_MAX
     assert stat.S_IMODE(made.socket_dir.stat().st_mode) == 0o700
-    assert made.cleanup == [made.socket_dir]
+    assert made.cleanup == [made.socket_dir, made.image]
     made.remove()
     assert not made.socket_dir.exists()
     assert made.path.exists()

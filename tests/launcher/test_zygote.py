@@ -61,6 +61,8 @@ def _config(run_dir: Path) -> dict[str, Any]:
         "swap_files": [[16, False, "ext4", "pread"]] * 5,
         "traces": [["a.apft", 10, 20]],
         "trace_bytes": 1 << 20,
+        "events": "events",
+        "image": "",
         "roles": ROLES,
     }
 

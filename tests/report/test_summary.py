@@ -122,6 +122,7 @@ def full_summary() -> dict[str, Any]:
         chaos={"kills": 1, "every_ms": 2.0, "for_s": 3.0},
         outage={"count": 1, "total_ms": 2.0, "work_per_100ms_up": None, "work_per_100ms_down": 1.0},
         check={**Checker("mainline").finish("x").summary(), "online_events": 0},
+        save_restore={"planned": 1, "done": 1, "down_ms": 2.0, "image_pages": 3},
     )
     return build(topology, _snapshot(topology), [_kernel([])], facts)
 
@@ -138,7 +139,7 @@ def test_every_name_is_documented_and_every_documented_name_exists() -> None:
     for line in DOCS.read_text().splitlines():
         if line.startswith("| `"):
             documented |= set(re.findall(r"`([^`]+)`", line.split("|")[1]))
-    assert documented - {"chaos", "check"} == _names(full_summary())
+    assert documented - {"chaos", "check", "save_restore"} == _names(full_summary())
 
 
 def test_the_promised_names_exist() -> None:
