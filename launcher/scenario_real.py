@@ -40,6 +40,8 @@ MEMORY_MIB_MIN: Final = 8
 def refusal(scenario: Scenario) -> str:
     """Why a scenario cannot run as processes, "" if it can."""
     steps = {step.do for step in scenario.script}
+    if "save_restore" in steps:
+        return "its host is exchanged under its guests, which have to live on in virtual time"
     if "page_out" in steps and len(scenario.vcpu_ids) > 1:
         return "its script pages out, which needs the other vCPUs to stand still meanwhile"
     if "elided" in scenario.expect:

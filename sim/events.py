@@ -47,6 +47,12 @@ class PageOut(NamedTuple):
     gfn: int
 
 
+class SaveRestore(NamedTuple):
+    """The script wants the VM saved and restored into a fresh host; answer `Spun`, kicked: the exit goes to the old one."""
+
+    ask: int
+
+
 class Said(NamedTuple):
     """A line of the guest's own log, ``after_ns`` later than the last answer."""
 

@@ -16,13 +16,18 @@ from proto.units import PAGE_SHIFT, PAGE_SIZE, WORDS_PER_PAGE
 class GuestMemory:
     """Memory of VM ``vm`` with ``pages`` guest frames."""
 
-    __slots__ = ("_leaves", "_memory")
+    __slots__ = ("_leaf_words", "_leaves", "_memory", "_vm")
 
     def __init__(self, memory: HostMemory, vm: int, pages: int) -> None:
+        self._vm = vm
+        self._leaf_words = -(-pages // 512) * 512
+        self.bind(memory)
+
+    def bind(self, memory: HostMemory) -> None:
+        """The host that this guest runs on, from now on."""
         self._memory = memory
-        leaf_words = -(-pages // 512) * 512
         # Leaf tables are the last ones and lie in gfn order.
-        self._leaves: npt.NDArray[np.uint64] = memory.vms[vm].npt[-leaf_words:]
+        self._leaves: npt.NDArray[np.uint64] = memory.vms[self._vm].npt[-self._leaf_words :]
 
     def _frame(self, gpa: int, write: bool) -> int:
         """The frame behind an address, -1 = nested fault. Sets the accessed and dirty bits as a walk does."""

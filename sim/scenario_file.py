@@ -33,7 +33,7 @@ WORKERS: Final = ("spin", "halt")
 ON_READY: Final = ("clear", "ack")
 TOUCHES: Final = '"own:K", "same:K", or one list of page numbers per task'
 DO: Final = (
-    "yield", "clear", "ack", "disable", "enable", "end", "lapic_on", "lapic_off", "page_out", "write", "read",
+    "yield", "clear", "ack", "disable", "enable", "end", "lapic_on", "lapic_off", "page_out", "save_restore", "write", "read",
 )  # fmt: skip
 REGISTERS: Final = ("en", "int", "ack", "spiv", "en_v3", "en_merged")
 COUNTS: Final = (

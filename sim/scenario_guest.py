@@ -14,12 +14,12 @@ from __future__ import annotations
 from typing import Any, Final
 
 from proto import kvm
-from proto.layout import APF_AREA_GPA, XF_IF, XF_KERNEL, XF_WRITE
+from proto.layout import APF_AREA_GPA, XF_IF, XF_KERNEL, XF_RESTART, XF_WRITE
 from proto.machine import Machine, MachineError, Path
 from proto.profile import PROFILES
 from proto.units import TOKEN_WAKE_ALL
 from proto.wire import Entry, Exit, ExitReason, Inject
-from sim.events import EndRun, Leave, Off, PageOut, PowerOn, Said, Spin
+from sim.events import EndRun, Leave, Off, PageOut, PowerOn, Said, SaveRestore, Spin
 from sim.memory import GuestMemory
 from sim.scenario_file import Scenario, Step, Task
 from sim.world import WITNESS
@@ -30,6 +30,8 @@ TOUCH_NS: Final = 1_000
 HANDLER_NS: Final = 2_000
 SWITCH_NS: Final = 1_000
 IRQ_MASK: Final = 0xFF
+SAVE_POINTS: Final = (ExitReason.NESTED, ExitReason.KICK, ExitReason.HLT)
+"""Outside of handlers the guest does the same again after these."""
 _REGISTERS: Final = {
     "int": kvm.MSR_ASYNC_PF_INT,
     "ack": kvm.MSR_ASYNC_PF_ACK,
@@ -276,6 +278,11 @@ class ScenarioCpu(Machine):
             ask = self.new_ask()
             self.emit(PageOut(ask.ask_id, self._area >> 12 if step.page < 0 else FIRST_GFN + step.page))
             yield ask
+        elif step.do == "save_restore":
+            ask = self.new_ask()
+            self.emit(SaveRestore(ask.ask_id))
+            yield ask
+            yield from self._exit(ExitReason.KICK)
         else:
             yield from self._access_register(step)
         return True
@@ -331,9 +338,11 @@ class ScenarioCpu(Machine):
             cpl, if_, paging = task.cpl, int(task.interrupts), int(task.paging)
             shadow, pending = int(task.shadow), int(task.pending)
         self._seq += 1
-        flags = XF_WRITE | (XF_IF if if_ else 0) | (XF_KERNEL if cpl == 0 else 0)
+        flags = XF_WRITE | (XF_IF if if_ else 0) | (XF_KERNEL if cpl == 0 else 0) if gpa else 0
+        if reason in SAVE_POINTS and not handler:
+            flags |= XF_RESTART
         record = Exit(
-            self._seq, 0, reason, flags if gpa else 0, cpl, if_, shadow, pending, paging, gpa, gpa, 0x5000, 0,
+            self._seq, 0, reason, flags, cpl, if_, shadow, pending, paging, gpa, gpa, 0x5000, 0,
             self._accepted, self._eois, arg0, arg1, 0,
         )  # fmt: skip
         self._accepted = self._eois = 0

@@ -32,11 +32,12 @@ from proto.layout import MODE_IN_GUEST, MODE_OUTSIDE, NPT_D, VP_STATE, npt_table
 from proto.machine import Machine
 from proto.profile import Profile
 from proto.units import PAGE_SIZE, WORDS_PER_PAGE
-from proto.wire import OP_READ, Entry
+from proto.wire import OP_READ, Entry, Exit
 from sim.agenda import ARRIVAL, GUEST, Agenda
-from sim.events import Back, EndRun, Leave, Off, PageOut, PowerOn, Said, Spin, Spun
+from sim.events import Back, EndRun, Leave, Off, PageOut, PowerOn, Said, SaveRestore, Spin, Spun
 from sim.hostside import SimulationError
 from sim.memory import GuestMemory
+from sim.moving import Move
 from sim.record import Record
 
 EXIT_NS: Final = 1_000
@@ -80,18 +81,11 @@ class World:
         self.record = Record()
         self.agenda = Agenda()
         count = len(config.vcpu_ids)
-        self._vcpu_pages = np.zeros(count * WORDS_PER_PAGE, np.uint64)
-        self._vmc = np.zeros(WORDS_PER_PAGE, np.uint64)
-        table = np.zeros(npt_tables(config.pages) * WORDS_PER_PAGE, np.uint64)
-        frames = np.zeros((config.pages + SPARE_FRAMES) * WORDS_PER_PAGE, np.uint64)
-        self.memory = HostMemory(frames, self._vcpu_pages, [VmMemory(table, self._vmc, 0, count)])
+        self.host = 0
+        """How often the host was exchanged; what was arranged for an earlier one does not happen any more."""
+        self.move: Move | None = None
+        self._make_host()
         self.guest_memory = GuestMemory(self.memory, 0, config.pages)
-        self.vm = VmMachine(self.memory, [Memslot(0, 0, config.pages, 0)], Limits(2, 4, 1, True), self.record)
-        self.swap = SwapMachine([config.pages + SPARE_FRAMES], self.record)
-        self.vcpus = [
-            VcpuMachine(cpu, 0, vcpu_id, config.profile, config.host_async, self.record)
-            for cpu, vcpu_id in enumerate(config.vcpu_ids)
-        ]
         self.max_outstanding = 0
         self._guests: list[Machine] = []
         self._open: list[Spin | None] = [None] * count
@@ -101,23 +95,55 @@ class World:
         self._leaving: list[int] = [0] * count
         """The request that the last exit of this CPU has to answer."""
         self._routed: deque[tuple[Machine, Any]] = deque()
-        self._disk: dict[int, bytes] = {}
         self._instant_io = False
-        self._parked: list[list[int]] = [[] for _ in range(count)]
-        """Serial numbers of each machine's parked paths, in the machine's order."""
         self._park_serial = 0
         self.ended = False
         self._effects = self._effect_table()
         self._requests: dict[type[Any], Callable[[int, Any], None]] = {
             Leave: self._leave, Spin: self._spin, Off: self._off, EndRun: self._end_run, PageOut: self._page_out,
+            SaveRestore: self._save_restore,
             Said: lambda cpu, s: self.record.add(
                 "guest", s.name, config.vcpu_ids[cpu], s.fields, s.after_ns
             ),
         }  # fmt: skip
-        if config.park_ns is not None:
+        self._start_host()
+
+    def _make_host(self) -> None:
+        """A host's machines, its memory and its device, all fresh."""
+        config = self.config
+        count = len(config.vcpu_ids)
+        self._vcpu_pages = np.zeros(count * WORDS_PER_PAGE, np.uint64)
+        self._vmc = np.zeros(WORDS_PER_PAGE, np.uint64)
+        table = np.zeros(npt_tables(config.pages) * WORDS_PER_PAGE, np.uint64)
+        frames = np.zeros((config.pages + SPARE_FRAMES) * WORDS_PER_PAGE, np.uint64)
+        self.memory = HostMemory(frames, self._vcpu_pages, [VmMemory(table, self._vmc, 0, count)])
+        self.vm = VmMachine(self.memory, [Memslot(0, 0, config.pages, 0)], Limits(2, 4, 1, True), self.record)
+        self.swap = SwapMachine([config.pages + SPARE_FRAMES], self.record)
+        self.vcpus = [
+            VcpuMachine(cpu, 0, vcpu_id, config.profile, config.host_async, self.record)
+            for cpu, vcpu_id in enumerate(config.vcpu_ids)
+        ]
+        self._disk: dict[int, bytes] = {}
+        self._parked: list[list[int]] = [[] for _ in range(count)]
+        """Serial numbers of each machine's parked paths, in the machine's order."""
+
+    def _start_host(self) -> None:
+        if self.config.park_ns is not None:
             for cpu, machine in enumerate(self.vcpus):
-                machine.park_with(self._picker(cpu, config.park_ns))
-        self._quietly(lambda: self._feed(self.swap, ev.DaemonUp(0, 0)))
+                machine.park_with(self._picker(cpu, self.config.park_ns))
+        self._quietly(lambda: self._feed(self.swap, ev.DaemonUp(0, self.host)))
+
+    def fresh_host(self) -> None:
+        """Exchange the host under the guest."""
+        self.host += 1
+        self._make_host()
+        self.guest_memory.bind(self.memory)
+        self._start_host()
+
+    def _of_this_host(self, action: Callable[[], None]) -> Callable[[], None]:
+        """``action``, if the host is still the same then."""
+        host = self.host
+        return lambda: action() if host == self.host else None
 
     def _effect_table(self) -> dict[type[Any], Callable[[Any], None]]:
         to_vm = lambda e: self._routed.append((self.vm, e))  # noqa: E731
@@ -129,6 +155,7 @@ class World:
             ev.GuestWrite32: to_vm, ev.SwapInDone: to_vm, ev.SwapOutDone: to_vm,
             ev.SwapIn: to_swap, ev.SwapOut: to_swap, ev.SlotFree: to_swap,
             ev.Answer: self._to_vcpu, ev.Fetched: self._to_vcpu,
+            **dict.fromkeys((ev.Paused, ev.PageSaved, ev.PageLoaded, ev.Restored), self._moves),
         }  # fmt: skip
 
     # -- set-up --------------------------------------------------------------------------------------------
@@ -175,7 +202,7 @@ class World:
                 self._park_serial += 1
                 serial = self._park_serial
                 self._parked[cpu].append(serial)
-                self.agenda.after(ns, GUEST, lambda: self._resume(cpu, serial))
+                self.agenda.after(ns, GUEST, self._of_this_host(lambda: self._resume(cpu, serial)))
             return ns > 0
 
         return pick
@@ -234,7 +261,7 @@ class World:
         self._leaving[cpu] = request.ask
         self.agenda.after(request.after_ns + EXIT_NS, GUEST, lambda: self._exit(cpu, request.record))
 
-    def _exit(self, cpu: int, record: Any) -> None:
+    def _exit(self, cpu: int, record: Exit) -> None:
         self._vcpu_pages[cpu * WORDS_PER_PAGE + VP_STATE] = int(self._vmc[0]) << 2 | MODE_OUTSIDE
         self._feed(self.vcpus[cpu], ev.ExitTaken(record))
 
@@ -286,10 +313,45 @@ class World:
             raise SimulationError(f"gfn {request.gfn} did not go to swap")
         self.agenda.after(0, GUEST, lambda: self._tell(cpu, Spun(request.ask, kicked=False)))
 
+    # -- save and restore ----------------------------------------------------------------------------------
+    def _save_restore(self, cpu: int, request: SaveRestore) -> None:
+        """The asking CPU executes on until it is kicked, like all others."""
+        self._spin(cpu, Spin(request.ask, None))
+        self.move = Move(self)
+        self.move.begin()
+        self._route()
+
+    def _moves(self, effect: Any) -> None:
+        if self.move is None:
+            raise SimulationError(f"{effect!r}: nobody moves")
+        self.move.on(effect)
+
+    def feed(self, machine: Machine, event: Any) -> None:
+        """Give an event to a machine of the host once those under way have been handled."""
+        self._routed.append((machine, event))
+
+    def give(self, machine: Machine, event: Any) -> None:
+        """Give an event to a machine of the host now."""
+        self._feed(machine, event)
+
+    def quietly(self, action: Callable[[], None]) -> None:
+        """Do it without a trace, its I/O at once."""
+        self._quietly(action)
+
+    def evict(self, gfn: int) -> None:
+        """What reclaim does to a victim."""
+        self._evict(gfn)
+
+    def exited(self, cpu: int, record: Exit) -> None:
+        """A vCPU leaves guest mode, or says its first word to a fresh host."""
+        self._exit(cpu, record)
+
     # -- the host's surroundings ---------------------------------------------------------------------------
     def _set_timer(self, effect: ev.SetTimer) -> None:
         due = ev.TimerDue(effect.cpu, effect.generation)
-        self.agenda.at(effect.deadline_ns, ARRIVAL, lambda: self._feed(self.vcpus[effect.cpu], due))
+        self.agenda.at(
+            effect.deadline_ns, ARRIVAL, self._of_this_host(lambda: self._feed(self.vcpus[effect.cpu], due))
+        )
 
     def _ipi(self, effect: ev.SendIpi) -> None:
         if effect.target in self.config.vcpu_ids:
@@ -304,7 +366,9 @@ class World:
         gfn = int(self.vm.owner[effect.frame])
         self.record.add("pages", "request", 0, {"gfn": gfn})
         service_ns = self.config.service_ns(gfn)
-        self.agenda.after(service_ns, ARRIVAL, lambda: self._copied(effect, gfn, service_ns))
+        self.agenda.after(
+            service_ns, ARRIVAL, self._of_this_host(lambda: self._copied(effect, gfn, service_ns))
+        )
 
     def _copied(self, effect: ev.SendIo, gfn: int, service_ns: int) -> None:
         self.memory.write_page(effect.frame, self._disk[effect.slot])
@@ -318,7 +382,7 @@ class World:
         if self._instant_io:
             self._routed.append((self.swap, reply))
         else:
-            self.agenda.after(service_ns, ARRIVAL, lambda: self._feed(self.swap, reply))
+            self.agenda.after(service_ns, ARRIVAL, self._of_this_host(lambda: self._feed(self.swap, reply)))
 
     # -- questions -----------------------------------------------------------------------------------------
     @property
