@@ -41,13 +41,7 @@ memory_kib = 3072
 """
 )
 """User-mode and kernel-mode faults at six times the memory the host gives, until the time is over."""
-MODES = (
-    ("interrupt", "mainline"),
-    ("exception", "v7"),
-    ("exception", "v3"),
-    ("halt", "mainline"),
-    ("sync", "mainline"),
-)
+MODES = (("interrupt", "mainline"), ("exception", "v7"), ("halt", "mainline"), ("sync", "mainline"))
 
 
 def events_of(ended: Ended, kind: Kind) -> np.ndarray:
@@ -59,19 +53,20 @@ def events_of(ended: Ended, kind: Kind) -> np.ndarray:
 
 @pytest.mark.parametrize(("mode", "profile"), MODES)
 def test_guests_go_on_in_fresh_processes(mode: str, profile: str, runner: Runner) -> None:
-    words = ["--mode", mode, "--profile", profile, "--seconds", "1.5"]
-    ended = runner.run(MOVED, *words, "--restart-at", "500ms", "--restart-at", "1s")
+    moves = ("500ms", "750ms") if mode == "interrupt" else ("500ms",)
+    words = ["--mode", mode, "--profile", profile, "--seconds", "1"]
+    ended = runner.run(MOVED, *words, *(word for at in moves for word in ("--restart-at", at)))
     summary = assert_good(ended)
     assert summary["tasks"]["done"] == 7
     moved = summary["save_restore"]
-    assert (moved["planned"], moved["done"]) == (2, 2)
+    assert (moved["planned"], moved["done"]) == (len(moves), len(moves))
     assert moved["down_ms"] > 0
     assert moved["image_pages"] > 1000
-    assert 1.5 <= summary["seconds"] < 1.5 + moved["down_ms"] / 1000
+    assert 1.0 <= summary["seconds"] < 1.0 + moved["down_ms"] / 1000
     assert ended.out is not None
     assert not (ended.out / "image").exists()
     saved, restored = events_of(ended, Kind.STATE_SAVE), events_of(ended, Kind.STATE_RESTORE)
-    assert len(saved) == len(restored) == 4
+    assert len(saved) == len(restored) == 2 * len(moves)
     assert saved["c"].tolist() == restored["c"].tolist(), "EN comes back as it was"
     assert all(saved["c"]) == (mode in ("interrupt", "exception"))
     assert not restored["b"].any(), "a fresh host is in no synthetic halt"
@@ -111,35 +106,18 @@ def test_saved_in_one_run_and_restored_in_another(runner: Runner) -> None:
 
 
 def test_a_restart_that_comes_too_late_fails_the_run(runner: Runner) -> None:
-    short = MOVED.replace('workload = "uniform"', 'workload = "uniform"\nops = 10').replace(
-        'workload = "stamp"', 'workload = "stamp"\nops = 10'
+    short = "".join(
+        f"{line}\nops = 10\n" if line.startswith("workload") else f"{line}\n" for line in MOVED.splitlines()
     )
-    short = short.replace('workload = "syscalls"', 'workload = "syscalls"\nops = 10')
     ended = runner.run(short, "--seconds", "60", "--restart-at", "50s")
     assert ended.code == 1
     assert "1 restores were asked for, 0 took place" in ended.stderr
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        (("--restart-at", "9s"), "a save at a time that does not come"),
-        (("--restart-at", "2s", "--restart-at", "1s"), "after 2 s"),
-        (("--save-at", "1s"), "--save-at and --image go together"),
-        (("--save-at", "1s", "--image", "/no/such/folder/image"), "the image cannot be put there"),
-        (("--restore", "/no/such/image"), "the image cannot be read"),
-        (("--restart-at", "0s"), "not a duration above zero"),
-    ],
+    ("moment", "how"),
+    [(": preparing", "signal"), ("restoring memory", "launcher"), ("restoring memory", "host-0")],
 )
-def test_what_cannot_be_done_is_refused_at_once(words: tuple[str, ...], says: str, runner: Runner) -> None:
-    ended = runner.run(MOVED, "--seconds", "5", *words)
-    assert (ended.code, ended.stdout) == (2, "")
-    assert says in ended.stderr
-    assert not list(runner.folder.glob("*-out"))
-
-
-@pytest.mark.parametrize("moment", [": preparing", "restoring memory"])
-@pytest.mark.parametrize("how", ["signal", "launcher", "host-0"])
 def test_whoever_goes_in_the_middle_nothing_stays(moment: str, how: str, runner: Runner) -> None:
     path = runner.file(MOVED)
     run = runner.start("run", str(path), "--json", "--seconds", "60", "--restart-at", "300ms")
@@ -155,7 +133,7 @@ def test_whoever_goes_in_the_middle_nothing_stays(moment: str, how: str, runner:
         run.process.kill()
         run.process.wait(END_BOUND_S)
     else:
-        victim = run.pid_of("host-0")
+        victim = run.pid_of(how)
         others |= run.descendants()
         os.kill(victim, signal.SIGKILL)
         ended = run.end(END_BOUND_S)

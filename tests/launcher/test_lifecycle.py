@@ -8,6 +8,7 @@ import pytest
 
 from launcher.lifecycle import (
     QUICK_DEATHS_MAX,
+    SAVED,
     STABLE_NS,
     Bounds,
     Effect,
@@ -214,3 +215,57 @@ def test_every_phase_is_bounded() -> None:
 def test_stalled_vcpus_end_the_run() -> None:
     assert _running().on_stalled([]) == []
     assert _end(_running().on_stalled([1, 3])) == End("failed:stalled: vcpu-1, vcpu-3", False, "vcpu-1")
+
+
+# -- saving -----------------------------------------------------------------------------------------------------------------
+
+
+def _saving(now_ns: int = 3 * S) -> Lifecycle:
+    """A run that is to be saved after 1 s of measured time; the measured time began at 2 s."""
+    life = _filling()
+    life.save_at_ns = S
+    assert life.save_due_ns == 0, "nothing is due before the barrier"
+    life.on_host(wire.Started(2 * S), 2 * S)
+    assert life.save_due_ns == 3 * S
+    assert life.on_time(3 * S - 1) == []
+    assert life.on_time(now_ns) == [Tell(wire.SaveVm("asked for"))]
+    assert life.phase is Phase.SAVING
+    return life
+
+
+def test_the_order_to_save_is_given_once_and_the_image_is_an_orderly_end() -> None:
+    life = _saving()
+    assert life.on_time(3 * S + 1) == []
+    assert life.on_host(wire.Saved(7), 4 * S) == [End(SAVED, orderly=True)]
+
+
+def test_an_image_that_nobody_asked_for_changes_nothing() -> None:
+    life = _running()
+    assert life.on_host(wire.Saved(7), 1) == []
+    assert life.phase is Phase.RUNNING
+
+
+def test_a_run_that_ends_while_it_is_to_be_saved_has_ended() -> None:
+    assert _saving().on_host(wire.Finished("time"), 4 * S) == [End("finished", orderly=True)]
+
+
+def test_a_signal_while_the_guests_stand_ends_at_once() -> None:
+    assert _saving().on_signal(4 * S) == [End("interrupted", orderly=False)]
+
+
+def test_saving_has_a_bound() -> None:
+    life = _saving()
+    assert life.on_time(3 * S + life.bounds.save_ns - 1) == []
+    assert _end(life.on_time(3 * S + life.bounds.save_ns)).ended == "failed:timeout while saving"
+
+
+def test_a_daemon_that_dies_while_memory_is_written_is_replaced() -> None:
+    life = _saving()
+    effects = life.on_exited(Child("swapd", 0, 0), KILLED, 4 * S)
+    assert isinstance(effects[-1], Fork)
+
+
+def test_a_vcpu_that_dies_while_it_is_saved_ends_the_run() -> None:
+    assert (
+        _end(_saving().on_exited(Child("vcpu", 0, 0), SEGV, 4 * S)).ended == "failed:vcpu-0 killed by SIGSEGV"
+    )
