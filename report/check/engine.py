@@ -28,6 +28,7 @@ from report.check.host_side import (
     on_try,
     on_unhalt,
 )
+from report.check.move_side import guest_goes_on, old_host_forgets, on_state_restore
 from report.check.msr import on_msr_write
 from report.check.profiles import C_JOINED, C_MODE_I, C_RECORDED
 from report.check.ready_side import on_accept, on_cancel, on_completed, on_ready, on_slot_write
@@ -108,6 +109,7 @@ K_HALT_OFF: Final = int(Kind.HALT_OFF)
 K_PREFAULT: Final = int(Kind.PREFAULT)
 K_AREA_CACHE: Final = int(Kind.AREA_CACHE)
 K_STATE_SAVE: Final = int(Kind.STATE_SAVE)
+K_STATE_RESTORE: Final = int(Kind.STATE_RESTORE)
 K_HASH_SET: Final = int(Kind.HASH_SET)
 K_HASH_DROP: Final = int(Kind.HASH_DROP)
 K_MMU: Final = int(Kind.MMU)
@@ -246,6 +248,9 @@ def _state_event(s: Tables, row: int, i: int, e: Any, kind: int) -> None:
         on_area_cache(s, row, e)
     elif kind == K_STATE_SAVE:
         on_state_save(s, row, i, e)
+        old_host_forgets(s, row)
+    elif kind == K_STATE_RESTORE:
+        on_state_restore(s, row, i, e)
 
 
 @kernel
@@ -253,6 +258,7 @@ def _guest_event(s: Tables, row: int, i: int, e: Any, kind: int) -> None:
     # To halt again is not to get anywhere.
     if kind != K_G_HLT:
         s.v[row, V_SPIN] = 0
+    guest_goes_on(s, row, i)
     guest_runs(s, row, i, kind in (K_G_WAKE, K_IPI, K_G_TABLE))
     if kind == K_G_HLT:
         s.v[row, V_HLT] = 1

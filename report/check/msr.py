@@ -26,6 +26,7 @@ from report.check.state import (
     V_LIVE,
     V_PREFAULT,
     V_RECORDS,
+    V_RESTORED,
     V_SEND_ALWAYS,
     V_TOKEN_WORD,
     V_VECTOR,
@@ -88,7 +89,10 @@ def _write_en(s: Tables, row: int, at: int, value: int, failed: bool) -> None:
 def _enable(s: Tables, row: int, value: int) -> None:
     if s.v[row, V_EN] != 1:
         s.v[row, V_EPOCH] += 1
-    if s.v[row, V_EN] != 1 or s.v[row, V_AREA] != value & ADDRESS:
+    if s.v[row, V_RESTORED]:
+        # Words of the area are guest memory, which was saved.
+        s.v[row, V_RESTORED] = 0
+    elif s.v[row, V_EN] != 1 or s.v[row, V_AREA] != value & ADDRESS:
         # The guest gives a zeroed area (spec §1.2).
         s.v[row, V_WORD] = 0
         s.v[row, V_WRITTEN] = 0

@@ -114,7 +114,9 @@ V_HLT: Final = 40
 V_MMU: Final = 41
 V_CACHE: Final = 42
 """What was noted for the next prefault, and for the next write of the shared area (state_side.py); 0: never anything."""
-V_WORDS: Final = 43
+V_RESTORED: Final = 43
+"""The state that is being restored had async PF enabled, and EN has not been written yet."""
+V_WORDS: Final = 44
 
 # -- a token -------------------------------------------------------------------------------------------------------------
 T_TOKEN: Final = 0
