@@ -96,6 +96,7 @@ def check_identity(image: ImageReader, topology: Topology) -> int:
     vcpus = meta.get("vcpus")
     if (
         type(elapsed_ns) is not int
+        or type(meta.get("lamport")) is not int
         or not isinstance(vcpus, list)
         or not isinstance(meta.get("identity"), dict)
     ):

@@ -41,7 +41,7 @@ def check_run(run_dir: Path, profile: str | None = None) -> Verdict:
 
 def check_source(source: Source, profile: str | None = None) -> Verdict:
     """Check the events of a source."""
-    checker = Checker(profile or source.profile, joined=source.first > 0)
+    checker = Checker(profile or source.profile, joined=source.first > 0 or source.joined)
     for window in source.windows():
         checker.feed(window)
     verdict = checker.finish(source.name, cut=source.cut)

@@ -18,6 +18,7 @@ from report.check.state import (
     NR,
     T_FLAGS,
     UNKNOWN,
+    UNSEEN,
     V_ACCEPT,
     V_DONE_HALTED_NS,
     V_EN,
@@ -45,8 +46,10 @@ def on_state_restore(s: Tables, row: int, at: int, e: Any) -> None:
     hold(s, row, NR[37], e["b"] == 0, at, NONE, NONE)
     old_host_forgets(s, row)
     s.v[row, V_EN], s.v[row, V_LAPIC] = 0, 0
-    for word in (V_VECTOR, V_LAST_ID, V_RD_TOKEN):
+    for word in (V_VECTOR, V_LAST_ID):
         s.v[row, word] = UNKNOWN
+    if s.v[row, V_RD_TOKEN] != UNSEEN:
+        s.v[row, V_RD_TOKEN] = UNKNOWN
     s.v[row, V_ACCEPT] = 0
     s.v[row, V_RESTORED] = i64(e["c"]) & s.config[C_ENABLED] == s.config[C_ENABLED]
 

@@ -42,6 +42,8 @@ class Source:
     first: int = 0
     last: int | None = None
     notes: list[str] = field(default_factory=list)
+    joined: bool = False
+    """What happened before the first event is not in these files."""
 
     def windows(self, window_events: int = WINDOW_EVENTS) -> Iterator[Events]:
         """The merged events, dtype EVENT, in windows of at most ``window_events``, or as many as share one counter."""
@@ -140,9 +142,13 @@ def _take_run_json(source: Source, path: Path) -> None:
         record: dict[str, Any] = json.loads(path.read_text())
         source.profile = record["topology"]["run"]["profile"]
         ended = record.get("ended")
+        restored = record.get("restored", False)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(
             "not the run.json of a run", where=str(path), found=str(error), allowed="topology.run.profile"
         ) from error
+    if restored:
+        source.joined = True
+        source.notes.append("the guests go on from an image: what was under way then is judged only in part")
     if ended != FINISHED:
         source.cut = source.cut or f"the run ended as {ended!r}"

@@ -49,7 +49,7 @@ def image_of(
     writer.add_page(0, Content.DATA, b"\1" * 4096)
     for name, data in (sections or {}).items():
         writer.add_section(name, data)
-    known = {"identity": what.guest_identity(), "elapsed_ns": 2 * S, "vcpus": [{}] * VCPUS}
+    known = {"identity": what.guest_identity(), "elapsed_ns": 2 * S, "lamport": 7, "vcpus": [{}] * VCPUS}
     writer.finish(known | meta)
     return path
 
@@ -135,6 +135,7 @@ def test_an_image_of_other_guests_is_refused(other: Topology, says: str, tmp_pat
     [
         ({"identity": 7}, "not the image of a run"),
         ({"elapsed_ns": "2"}, "not the image of a run"),
+        ({"lamport": None}, "not the image of a run"),
         ({"vcpus": None}, "not the image of a run"),
         ({"vcpus": [{}]}, "vCPUs: the image has 1, the topology 2"),
         ({"pages": 16}, "memory: the image has 0 MiB, the topology 8"),

@@ -63,6 +63,7 @@ def _config(run_dir: Path) -> dict[str, Any]:
         "trace_bytes": 1 << 20,
         "events": "events",
         "image": "",
+        "lamport": 0,
         "roles": ROLES,
     }
 
