@@ -33,6 +33,8 @@ def render(summary: Mapping[str, Any]) -> str:
         rows.append(("daemons", f"{summary['restarts']} restarts"))
     if summary["outage"] and summary["outage"]["count"]:
         rows.append(("outages", _outage(summary["outage"])))
+    if summary["save_restore"]:
+        rows.append(("moves", _moves(summary["save_restore"])))
     rows += [("check", line) for line in _check(summary["check"])]
     rows += [("warning", warning) for warning in summary["warnings"]]
     width = max(len(name) for name, _ in rows)
@@ -53,6 +55,11 @@ def _faults(faults: Mapping[str, int]) -> str:
 def _outage(outage: Mapping[str, Any]) -> str:
     up, down = _or_dash(outage["work_per_100ms_up"]), _or_dash(outage["work_per_100ms_down"])
     return f"{outage['count']}, {outage['total_ms']:.0f} ms in all; work per 100 ms: {up} up, {down} down"
+
+
+def _moves(moves: Mapping[str, Any]) -> str:
+    image = f"{moves['image_pages']:,} pages in the last image"
+    return f"{moves['done']} of {moves['planned']} restores, the guests stood still for {moves['down_ms']:.0f} ms, {image}"
 
 
 def _latency(latency: Mapping[str, Mapping[str, float | None]]) -> list[str]:

@@ -345,6 +345,7 @@ def test_the_text_shows_what_matters() -> None:
         "3 restarts",
         "work per 100 ms: - up, 1.0 down",
         "12,345 events (0 during the run): 48 invariants held, 1 violated, 1 skipped",
+        "1 of 1 restores, the guests stood still for 2 ms",
         "VIOLATED I22 (3): what it says",
         "the event",
         "a note",
