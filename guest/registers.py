@@ -55,6 +55,8 @@ class Registers(NamedTuple):
     @classmethod
     def from_words(cls, words: Sequence[int]) -> Self:
         """Inverse of `words`; also of a CPU that has nothing left to run. ValueError for a record that is not one of this version."""
+        if not all(type(word) is int and 0 <= word <= _MASK for word in words):
+            raise ValueError(f"register words that are no unsigned numbers of 64 bits: {list(words)!r}")
         if list(words) == [wire.POWERED_DOWN]:
             return cls(1, *([0] * (len(cls._fields) - 1)))._replace(end_seen=1)
         if not words or words[0] != VERSION:

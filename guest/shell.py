@@ -385,6 +385,8 @@ class VcpuShell:
                 )
             elif type(message) is wire.Save:
                 self._hand_over(message)
+                # Memory is written now, however much there is. Only BYE follows, or the abort flag.
+                limit_ns = None
             elif type(message) is not wire.Kick:
                 self._unexpected(message)
 

@@ -20,7 +20,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from guest.registers import Registers
 from host.image import SECTIONS
+from host.state import VcpuState
 from proto.errors import UserError
 from proto.image import ImageReader
 from proto.layout import VP_COUNTERS, VP_COUNTERS_LEN, VP_TASK
@@ -29,6 +31,7 @@ from proto.topology import PAGES_PER_MIB, Topology
 from proto.units import WORDS_PER_PAGE
 
 S: Final = 1_000_000_000
+SAME_VERSION: Final = "the image of a run of this version"
 REGISTERS_END: Final = 32
 """Words VP_TASK to here of a vCPU's page are registers of the guest CPU (proto/layout.py)."""
 
@@ -103,6 +106,7 @@ def check_identity(image: ImageReader, topology: Topology) -> int:
         raise UserError(
             "not the image of a run", where=str(image.path), allowed="one that `run --save-at` wrote"
         )
+    _check_records(image, vcpus)
     difference = _difference(meta["identity"], wanted)
     if not difference and len(vcpus) != topology.total_vcpus:
         difference = f"vCPUs: the image has {len(vcpus)}, the topology {topology.total_vcpus}"
@@ -119,6 +123,25 @@ def check_identity(image: ImageReader, topology: Topology) -> int:
             allowed="the topology it was saved with; host, swapd and run.seconds may differ",
         )
     return elapsed_ns
+
+
+def _check_records(image: ImageReader, vcpus: list[Any]) -> None:
+    """What the host and the vCPUs will be given. UserError for what is no record of theirs."""
+    what = ""
+    try:
+        for cpu, saved in enumerate(vcpus):
+            what = f"vCPU {cpu}"
+            VcpuState.from_plain(saved["state"])
+            Registers.from_words(saved["registers"])
+        what = "memslots"
+        ends = [
+            (min(vm, base_gfn, pages, base_hvp), base_hvp + pages)
+            for vm, base_gfn, pages, base_hvp in image.meta["memslots"]
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{what}: {error}", where=str(image.path), allowed=SAME_VERSION) from error
+    if any(least < 0 or end > image.pages for least, end in ends):
+        raise UserError("memslots: outside of the image", where=str(image.path), allowed=SAME_VERSION)
 
 
 def _difference(saved: Any, wanted: Any, where: str = "") -> str:

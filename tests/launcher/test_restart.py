@@ -22,12 +22,17 @@ from proto.errors import UserError
 from proto.image import Content, ImageReader, ImageWriter
 from proto.segments import Segment, create
 from proto.topology import Topology
+from proto.wire import POWERED_DOWN
 from tests.launcher.drive import SMALL
 
 S = 1_000_000_000
 MS = 1_000_000
 ROOT = Path(__file__).resolve().parents[2]
 VCPUS = 2
+STATE: dict[str, Any] = {
+    "version": 1, "cpuid": 0, "lapic": {"irr": [], "isr": [], "spiv": 0}, "msrs": [], "mp_state": 1, "exception": None, "next_id": 0,
+}  # fmt: skip
+VCPU: dict[str, Any] = {"state": STATE, "registers": [POWERED_DOWN]}
 PAGES = 2048
 
 
@@ -49,7 +54,8 @@ def image_of(
     writer.add_page(0, Content.DATA, b"\1" * 4096)
     for name, data in (sections or {}).items():
         writer.add_section(name, data)
-    known = {"identity": what.guest_identity(), "elapsed_ns": 2 * S, "lamport": 7, "vcpus": [{}] * VCPUS}
+    known = {"identity": what.guest_identity(), "elapsed_ns": 2 * S, "lamport": 7, "vcpus": [VCPU] * VCPUS}
+    known["memslots"] = [[0, 0, PAGES, 0]]
     writer.finish(known | meta)
     return path
 
@@ -137,8 +143,16 @@ def test_an_image_of_other_guests_is_refused(other: Topology, says: str, tmp_pat
         ({"elapsed_ns": "2"}, "not the image of a run"),
         ({"lamport": None}, "not the image of a run"),
         ({"vcpus": None}, "not the image of a run"),
-        ({"vcpus": [{}]}, "vCPUs: the image has 1, the topology 2"),
-        ({"pages": 16}, "memory: the image has 0 MiB, the topology 8"),
+        ({"vcpus": [VCPU]}, "vCPUs: the image has 1, the topology 2"),
+        ({"vcpus": [VCPU, {}]}, "vCPU 1: 'state'"),
+        ({"vcpus": [VCPU, 7]}, "vCPU 1: "),
+        ({"vcpus": [{**VCPU, "state": {**STATE, "version": 9}}, VCPU]}, "vCPU 0: vCPU state of version 9"),
+        ({"vcpus": [VCPU, {**VCPU, "registers": [1, 2]}]}, "vCPU 1: 2 register words"),
+        ({"vcpus": [VCPU, {**VCPU, "registers": ["x"]}]}, "vCPU 1: register words that are no"),
+        ({"memslots": [[0, 0, PAGES, 1]]}, "memslots: outside of the image"),
+        ({"memslots": [[0, 0]]}, "memslots: not enough values"),
+        ({"memslots": [["a", 0, 1, 1]]}, "memslots: "),
+        ({"pages": 16, "memslots": []}, "memory: the image has 0 MiB, the topology 8"),
     ],
 )
 def test_an_image_that_does_not_describe_guests_is_refused(
