@@ -131,6 +131,8 @@ class _Daemon:
     started_ns: int = 0
     ordered: bool = False
     """Its death was ordered by chaos."""
+    unwanted: bool = False
+    """The host wants it replaced; its process id is not known yet."""
 
 
 @dataclass(slots=True)
@@ -197,7 +199,11 @@ class Lifecycle:
         """A process runs."""
         self._pids[child] = pid
         if child.role == "swapd":
-            self._daemons[child.number].pid = pid
+            state = self._daemons[child.number]
+            state.pid = pid
+            if state.unwanted and child.epoch == state.epoch:
+                state.unwanted = False
+                return [Kill(child, pid)]
         return []
 
     def on_exited(self, child: Child, status: int, now_ns: int) -> list[Effect]:
@@ -269,8 +275,12 @@ class Lifecycle:
         if self.phase is Phase.OVER or not 0 <= daemon < len(self._daemons):
             return []
         state = self._daemons[daemon]
-        # A process that has ended, or has a successor, needs no kill.
-        if epoch != state.epoch or not state.pid:
+        # A process that has ended has a successor, whose epoch is another, and needs no kill.
+        if epoch != state.epoch:
+            return []
+        if not state.pid:
+            # The daemon and the host were faster than the zygote's report of the fork.
+            state.unwanted = True
             return []
         return [Kill(Child("swapd", daemon, epoch), state.pid)]
 
@@ -279,7 +289,7 @@ class Lifecycle:
         state = self._daemons[d]
         assert epoch == state.epoch, f"{child} died, the epoch is {state.epoch}"
         why = state.budget.spent(now_ns - state.started_ns, ordered=state.ordered)
-        state.pid, state.ordered = 0, False
+        state.pid, state.ordered, state.unwanted = 0, False, False
         effects: list[Effect] = [Tell(wire.DaemonDown(d, epoch)), Fence(d), Tell(wire.DaemonFenced(d, epoch))]
         if why:
             text = f"{child.name} {why}, at last {describe_status(status)}"

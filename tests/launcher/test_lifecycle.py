@@ -217,6 +217,17 @@ def test_stalled_vcpus_end_the_run() -> None:
     assert _end(_running().on_stalled([1, 3])) == End("failed:stalled: vcpu-1, vcpu-3", False, "vcpu-1")
 
 
+def test_a_daemon_that_hangs_before_its_fork_was_reported_is_killed_then() -> None:
+    life = Lifecycle(1, (1000,), seconds=2.0, bounds=BOUNDS)
+    life.begin(0)
+    life.on_ready()
+    life.on_host(wire.HostReady(1), 0)
+    swapd = Child("swapd", 0, 0)
+    assert life.on_host(wire.RestartWanted(0, 0, "no heartbeat"), 0) == []
+    assert life.on_forked(swapd, 77) == [Kill(swapd, 77)]
+    assert life.on_host(wire.RestartWanted(0, 1, "no heartbeat"), 0) == [], "no such epoch yet"
+
+
 # -- saving -----------------------------------------------------------------------------------------------------------------
 
 
