@@ -25,6 +25,7 @@ SERVICE_US: Final = ((0, 0), (1, 3), (5, 20), (10, 100), (50, 150), (100, 2_000)
 PARK_PERCENT: Final = (0, 0, 5, 20, 50)
 LINK_US: Final = (0, 1, 5, 40)
 NTH: Final = (1, 2, 3, 5, 8, 20, 60)
+EXITS: Final = (1, 10, 30, 60, 100, 200, 300)
 CALM_US: Final = (2_000, 10_000, 40_000)
 OP_NS: Final = 100
 SPARE_SLOTS: Final = 32
@@ -97,6 +98,8 @@ def _faults(rng: random.Random, daemons: int, kinds: Sequence[str]) -> tuple[Fau
 
 
 def _fault(rng: random.Random, daemons: int, kind: str) -> FaultPlan:
+    if kind == "restart":
+        return FaultPlan(kind, 0, rng.choice(EXITS))
     lasts = kind in ("stall", "delay")
     return FaultPlan(
         kind,

@@ -13,6 +13,7 @@ after a number of actions that is bounded by the work in the plan.
 from __future__ import annotations
 
 import traceback
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -34,11 +35,12 @@ from proto.wire import Exit
 from sim.agenda import Agenda, PriorityAgenda
 from sim.chance import Chance
 from sim.daemons import Daemons
-from sim.faults import Faults
+from sim.faults import EXIT, Faults
 from sim.guests import Guests
 from sim.hostside import HostSide, SimulationError
 from sim.log import EventLog, HostSink
 from sim.plan import US, SimPlan
+from sim.restart import MOVED, Restart
 from swapd.machine import Request
 
 HOST: Final = 0
@@ -74,34 +76,23 @@ class Emulator:
         self._cpu_actors = list(range(1, 1 + count))
         self._path_actors = list(range(1 + count, 1 + 2 * count))
         first = 1 + 2 * count
+        self._daemon_actors = list(range(first, first + daemons))
+        self._link_actors = list(range(first + daemons, first + 2 * daemons))
         self.agenda = self._agenda(first + 2 * daemons)
         self.log = EventLog(self.agenda)
         self.faults = Faults(plan.faults)
         self.control = np.zeros(WORDS_PER_PAGE, np.uint64)
-        memory, slots = self._memory()
-        self.host = HostSide(
-            memory, slots, Limits(plan.low, plan.high, plan.populate, plan.zero_pages), [d.slots for d in plan.daemons], plan.cpus,
-            PROFILES[plan.profile], plan.mode != "sync", HostSink(self.log, PROC_HOST), self._outside(), lambda: self.agenda.now_ns,
-        )  # fmt: skip
-        self.guests = Guests(
-            plan, memory, self.control, self.log, self.agenda, self.chance, self._cpu_actors, self._exit_taken
-        )
-        self.daemons = Daemons(
-            plan, memory, self.agenda, self.chance, self.faults, list(range(first, first + daemons)),
-            list(range(first + daemons, first + 2 * daemons)), self._from_daemon,
-        )  # fmt: skip
+        self.sets = 0
+        """Sets of host, daemons and vCPUs so far; what was arranged for an earlier one does not happen any more."""
         self.stuck = False
         """Nothing can happen any more, and the guests are not at their end."""
         self.failures: list[str] = []
         """What stopped the run."""
-        self._serial = 0
         self.calm = False
-        self._io: dict[int, list[ev.SendIo]] = {}
+        self._serial = 0
+        self._restart: Restart | None = None
         self._at_barrier = [0] * len(plan.vms)
-        self._polling = self._looking = False
-        self._parked: list[list[int]] = [[] for _ in range(count)]
-        for cpu, machine in enumerate(self.host.vcpus):
-            machine.park_with(partial(self._parks, cpu))
+        self._make_set(None)
 
     def _agenda(self, actors: int) -> Agenda:
         if self.plan.schedule == "delays":
@@ -111,6 +102,41 @@ class Emulator:
         steps = 20 * max(1_000, self.plan.ops)
         changes = sorted(self.chance.rng.randrange(1, steps) for _ in range(self.plan.changes))
         return PriorityAgenda(order, changes)
+
+    def _make_set(self, before: Guests | None) -> None:
+        """Host, daemons and vCPUs, all fresh but for what ``before`` hands on."""
+        plan = self.plan
+        self.sets += 1
+        memory, slots = self._memory()
+        self.host = HostSide(
+            memory, slots, Limits(plan.low, plan.high, plan.populate, plan.zero_pages), [d.slots for d in plan.daemons], plan.cpus,
+            PROFILES[plan.profile], plan.mode != "sync", HostSink(self.log, PROC_HOST), self._outside(), lambda: self.agenda.now_ns,
+        )  # fmt: skip
+        self.guests = Guests(
+            plan,
+            memory,
+            self.control,
+            self.log,
+            self.agenda,
+            self.chance,
+            self._cpu_actors,
+            self._exit_taken,
+            before,
+        )
+        self.daemons = Daemons(
+            plan, memory, self.agenda, self.chance, self.faults, self._daemon_actors, self._link_actors,
+            self._of_this_set(self._from_daemon),
+        )  # fmt: skip
+        self._io: dict[int, list[ev.SendIo]] = {}
+        self._polling = self._looking = False
+        self._parked: list[list[int]] = [[] for _ in plan.cpus]
+        for cpu, machine in enumerate(self.host.vcpus):
+            machine.park_with(partial(self._parks, cpu))
+
+    def _of_this_set(self, action: Callable[..., None]) -> Callable[..., None]:
+        """``action``, unless the set was exchanged by then."""
+        number = self.sets
+        return lambda *args: action(*args) if number == self.sets else None
 
     def _memory(self) -> tuple[HostMemory, list[Memslot]]:
         plan = self.plan
@@ -130,7 +156,40 @@ class Emulator:
             ev.Enter: lambda e: self.guests.enter(e.cpu, e.record), ev.KickVcpu: lambda e: self.guests.kick(e.cpu),
             ev.SetTimer: self._set_timer, ev.SendIpi: self._ipi, ev.AtBarrier: self._at_the_barrier, ev.PoweredDown: lambda _: None,
             ev.SendIo: lambda e: self._io.setdefault(e.daemon, []).append(e), ev.OutOfMemory: self._out_of_memory,
+            **dict.fromkeys(MOVED, self._moved),
         }  # fmt: skip
+
+    # -- save and restore ----------------------------------------------------------------------------------
+    def _begin_restart(self) -> None:
+        self._restart = Restart(self)
+        self._restart.begin()
+        self.host.settle()
+        self._after()
+
+    def _moved(self, effect: Any) -> None:
+        if self._restart is None:
+            raise SimulationError(f"{effect!r}: nobody is being moved")
+        self._restart.on(effect)
+
+    def soon(self, action: Callable[[], None]) -> None:
+        """Do it when the host's machines have nothing to say any more."""
+
+        def act() -> None:
+            action()
+            self.host.settle()
+            self._after()
+
+        self.agenda.after(0, HOST, act)
+
+    def fresh_set(self) -> None:
+        """The old set is gone; its daemons' I/O lands nowhere any more."""
+        self._make_set(self.guests)
+        self.daemons.start()
+
+    def go_on(self) -> None:
+        """The fresh host has everything: the vCPUs say their first word."""
+        self._restart = None
+        self.soon(self.guests.power_on)
 
     # -- running -------------------------------------------------------------------------------------------
     def run(self) -> None:
@@ -162,6 +221,8 @@ class Emulator:
     # -- the host ------------------------------------------------------------------------------------------
     def _exit_taken(self, cpu: int, record: Exit) -> None:
         self.host.feed(self.host.vcpus[cpu], ev.ExitTaken(record))
+        if self.faults.due(0, EXIT) and self._restart is None:
+            self._begin_restart()
         self._after()
 
     def _from_daemon(self, event: Any) -> None:
@@ -178,10 +239,10 @@ class Emulator:
             self._io = {}
         if host.vm.grace_pending and not self._polling:
             self._polling = True
-            self.agenda.after(GRACE_NS, HOST, self._poll_grace)
+            self.agenda.after(GRACE_NS, HOST, self._of_this_set(self._poll_grace))
         if not self._looking and host.swap.outstanding:
             self._looking = True
-            self.agenda.after(LOOK_NS, HOST, self._look_at_requests)
+            self.agenda.after(LOOK_NS, HOST, self._of_this_set(self._look_at_requests))
 
     def _poll_grace(self) -> None:
         self._polling = False
@@ -195,7 +256,8 @@ class Emulator:
 
     def _set_timer(self, effect: ev.SetTimer) -> None:
         cpu, generation = effect.cpu, effect.generation
-        self.agenda.at(effect.deadline_ns, self._path_actors[cpu], lambda: self._timer_due(cpu, generation))
+        due = self._of_this_set(partial(self._timer_due, cpu, generation))
+        self.agenda.at(effect.deadline_ns, self._path_actors[cpu], due)
 
     def _timer_due(self, cpu: int, generation: int) -> None:
         self.host.feed(self.host.vcpus[cpu], ev.TimerDue(cpu, generation))
@@ -240,7 +302,9 @@ class Emulator:
             self._serial += 1
             serial = self._serial
             self._parked[cpu].append(serial)
-            self.agenda.after(ns, self._path_actors[cpu], lambda: self._resume(cpu, serial))
+            self.agenda.after(
+                ns, self._path_actors[cpu], self._of_this_set(partial(self._resume, cpu, serial))
+            )
         return ns > 0
 
     def _resume(self, cpu: int, serial: int) -> None:

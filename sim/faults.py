@@ -1,7 +1,7 @@
 """What goes wrong in a simulated run: the plan's faults, armed until their occasion comes, and which of them have fired.
 
-A fault waits for the n-th occasion of its kind at its daemon (`FAULTS` in sim/plan.py). When the run calms down those that are left are
-disarmed: they did not fire, and the seed does not count as passed for them.
+A fault waits for the n-th occasion of its kind (`FAULTS` in sim/plan.py), at its daemon where a daemon counts. When the run calms down
+those that are left are disarmed: they did not fire, and the seed does not count as passed for them.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import Final
 
 from sim.plan import FaultPlan
 
-MESSAGE, TO_DAEMON, READ, WRITE = "message", "to daemon", "read", "write"
+MESSAGE, TO_DAEMON, READ, WRITE, EXIT = "message", "to daemon", "read", "write", "exit"
 OCCASION: Final = {
     "kill": TO_DAEMON, "stall": TO_DAEMON, "drop": MESSAGE, "duplicate": MESSAGE, "delay": MESSAGE,
-    "read_error": READ, "short_read": READ, "bit_flip": READ, "bad_block": READ, "write_error": WRITE,
+    "read_error": READ, "short_read": READ, "bit_flip": READ, "bad_block": READ, "write_error": WRITE, "restart": EXIT,
 }  # fmt: skip
 """What is counted for each kind."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
@@ -35,7 +34,6 @@ def plan_of(topology: Topology, seed: int, faults: Sequence[str], seconds: float
     drawn = draw(seed, topology.run.profile, faults)
     marks = water_marks(topology)
     vms = tuple(_vm(vm) for vm in topology.vm)
-    rng = random.Random(f"daemons {seed}")
     daemons = tuple(
         _daemon(daemon, slots) for daemon, slots in zip(topology.swapd, topology.swapd_pages(), strict=True)
     )
@@ -50,7 +48,7 @@ def plan_of(topology: Topology, seed: int, faults: Sequence[str], seconds: float
         stop_us=int((topology.run.seconds if seconds is None else seconds) * US),
         vms=vms,
         daemons=daemons,
-        faults=tuple(replace(fault, daemon=rng.randrange(len(daemons))) for fault in drawn.faults),
+        faults=tuple(replace(fault, daemon=fault.daemon % len(daemons)) for fault in drawn.faults),
     )
 
 

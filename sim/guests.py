@@ -42,8 +42,11 @@ from proto.layout import (
     VC_READS_CHECKED,
     VMC_FLUSH_GEN,
     VP_COUNTERS,
+    VP_COUNTERS_LEN,
     VP_DOORBELL,
     VP_STATE,
+    VP_TASK,
+    VP_X_GPA,
     VP_X_OPS,
     kernel_words,
 )
@@ -137,20 +140,25 @@ class _Cpu:
 
 
 class Guests:
-    """All vCPUs of a plan. ``exit_taken``: called when an exit record reaches the host. ``actors``: of the vCPUs in the agenda."""
+    """All vCPUs of a plan. ``exit_taken``: called when an exit record reaches the host. ``actors``: of the vCPUs in the agenda.
+
+    ``before``: the vCPUs that stood at their save points; these ones go on for them.
+    """
 
     def __init__(
         self, plan: SimPlan, memory: HostMemory, control: U64, log: EventLog, agenda: Agenda, chance: Chance,
-        actors: Sequence[int], exit_taken: TakesExit,
+        actors: Sequence[int], exit_taken: TakesExit, before: Guests | None = None,
     ) -> None:  # fmt: skip
-        self.vms = [GuestVm(vm, plan.seed + v) for v, vm in enumerate(plan.vms)]
+        self.vms: list[GuestVm] = (
+            before.vms if before else [GuestVm(vm, plan.seed + v) for v, vm in enumerate(plan.vms)]
+        )
         self._agenda = agenda
         self._chance = chance
         self._actors = actors
         self._exit_taken = exit_taken
         self._serial = 0
         self.cpus = [
-            self._make_cpu(plan, memory, control, log, cpu, vm, vcpu_id)
+            self._make_cpu(plan, memory, control, log, cpu, vm, vcpu_id, before)
             for cpu, (vm, vcpu_id) in enumerate(plan.cpus)
         ]
         self._perform: dict[type[Any], Callable[[int, _Cpu, Any], None]] = {
@@ -159,8 +167,8 @@ class Guests:
         }  # fmt: skip
 
     def _make_cpu(
-        self, plan: SimPlan, memory: HostMemory, control: U64, log: EventLog, cpu: int, vm: int, vcpu_id: int
-    ) -> _Cpu:
+        self, plan: SimPlan, memory: HostMemory, control: U64, log: EventLog, cpu: int, vm: int, vcpu_id: int, before: Guests | None
+    ) -> _Cpu:  # fmt: skip
         guest = self.vms[vm]
         config = CpuConfig(
             vm=vm, vcpu_id=vcpu_id, vcpus=guest.plan.vcpus, tasks=guest.tasks, mode=plan.mode, profile=PROFILES[plan.profile],
@@ -174,7 +182,14 @@ class Guests:
         )  # fmt: skip
         stats = StatsBlock(np.zeros(BLOCK_WORDS, np.uint64))
         acc = Accounting(page, stats, GuestSink(log, PROC_VCPU + cpu), vm, vcpu_id)
-        machine = GuestCpu(config, guest.kernel, page, control, acc)
+        resume = None
+        if before is not None:
+            old = before.cpus[cpu]
+            resume = old.machine.registers(self._agenda.now_ns)
+            # Registers and counters that lie in the page; state word and doorbell begin anew.
+            for first, end in ((VP_TASK, VP_X_GPA), (VP_COUNTERS, VP_COUNTERS + VP_COUNTERS_LEN)):
+                page[first:end] = old.page[first:end]
+        machine = GuestCpu(config, guest.kernel, page, control, acc, resume)
         made = _Cpu(machine, arrays, memory.vms[vm].vmc.data, page.data, guest.plan.op_ns)
         machine.park_with(lambda step: self._parks(cpu, made, step))
         return made

@@ -31,9 +31,9 @@ MODES_OF: Final = {
 }
 SCHEDULES: Final = ("delays", "priorities")
 FAULTS: Final = (
-    "kill", "stall", "read_error", "write_error", "short_read", "bit_flip", "bad_block", "drop", "duplicate", "delay",
+    "kill", "stall", "read_error", "write_error", "short_read", "bit_flip", "bad_block", "drop", "duplicate", "delay", "restart",
 )  # fmt: skip
-"""What can go wrong:
+"""What can happen:
 
 * ``kill``: the daemon dies when the n-th message reaches it, with whatever it has under way
 * ``stall``: it stands still for ``for_us`` from then on
@@ -41,6 +41,7 @@ FAULTS: Final = (
   bit
 * ``bad_block``: the block of the n-th read can never be read again
 * ``drop``, ``duplicate``, ``delay``: what becomes of the n-th message of the link, counted in both directions
+* ``restart``: with the n-th exit of a vCPU all guests are saved and go on in a fresh set of host, daemons and vCPUs
 """
 US: Final = 1_000
 PAGES_MAX: Final = 1 << 20

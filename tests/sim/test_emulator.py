@@ -277,6 +277,29 @@ def test_a_block_that_cannot_be_read_costs_one_task() -> None:
     assert kinds[Kind.TASK_DONE] == 1, "the other task goes on"
 
 
+@pytest.mark.parametrize(
+    ("profile", "mode"),
+    [("mainline", "interrupt"), ("mainline", "halt"), ("v7", "exception"), ("v3", "exception")],
+)
+def test_guests_go_on_in_a_fresh_set(profile: str, mode: str) -> None:
+    restarts = tuple(FaultPlan("restart", 0, nth) for nth in (3, 60, 200))
+    emulator, kinds = events_of(small(*restarts, profile=profile, mode=mode))
+    assert emulator.faults.fired == {"restart": 3}
+    assert emulator.sets == 4
+    assert kinds[Kind.STATE_SAVE] == kinds[Kind.STATE_RESTORE] == 3
+    assert kinds[Kind.TASK_DONE] == 2
+    assert emulator.guests.reads_checked > 2 * 512 * 40, "the sweep at the end has read all pages"
+
+
+def test_a_restart_in_the_middle_of_a_dead_daemon() -> None:
+    """Neither the fence nor the restart of the old set's daemon is anything to the new one."""
+    emulator, kinds = events_of(
+        small(FaultPlan("kill", 0, 10), *(FaultPlan("restart", 0, nth) for nth in range(20, 200, 30)))
+    )
+    assert emulator.sets > 3
+    assert kinds[Kind.DAEMON_UP] >= emulator.sets
+
+
 def test_what_never_happened_is_said() -> None:
     outcome = run_plan(small(FaultPlan("kill", 0, 100_000), FaultPlan("stall", 0, 2, 100)))
     assert outcome.passed
