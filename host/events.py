@@ -6,10 +6,14 @@
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
+from host.slots import Memslot
 from proto.image import Content
 from proto.wire import Entry, Exit
+
+STALE: Final = -2
+"""Answer to a host access to guest memory: the slots have another generation than the translation that came with it."""
 
 
 class Gup(IntEnum):
@@ -52,7 +56,7 @@ class GetPage(NamedTuple):
 
 
 class Translate(NamedTuple):
-    """gfn -> host virtual page through the current memslots; answer: Hvp or -1."""
+    """gfn -> host virtual page through the current memslots; answer: Hvp or -1, and the generation it belongs to."""
 
     cpu: int
     ask: int
@@ -77,33 +81,43 @@ class CancelFetch(NamedTuple):
 
 
 class GuestRead32(NamedTuple):
-    """Host access to guest memory (the shared area); answer: the word, or -1 when no slot backs it."""
+    """Host access to guest memory (the shared area) through a remembered translation: ``hvp`` (-1: not backed), made with the slots of
+    ``generation``. Answer: the word, -1 when it is not backed, `STALE` when the generation has passed.
+    """
 
     cpu: int
     ask: int
     vm: int
     gpa: int
+    hvp: int
+    generation: int
 
 
 class GuestWrite32(NamedTuple):
-    """Host access to guest memory; answer 1 + the word that was there, or 0 when no slot backs it."""
+    """As `GuestRead32`; answer 1 + the word that was there, 0 when it is not backed, `STALE`."""
 
     cpu: int
     ask: int
     vm: int
     gpa: int
     value: int
+    hvp: int
+    generation: int
 
 
 # ---- vm machine -> vcpu machine --------------------------------------------------------------------------
 class Answer(NamedTuple):
-    """Answer to a request of ``cpu``. ``waited``: the vCPU was held for I/O or for a free frame. ``hvp``: the page of a `GetPage`."""
+    """Answer to a request of ``cpu``. ``waited``: the vCPU was held for I/O, for a free frame or for a change of the memslots. ``hvp``: the
+    page. Of a translation and of an access: ``generation`` of the slots now. Of a write: ``dirty``, the page is marked.
+    """
 
     cpu: int
     ask: int
     value: int
     waited: bool
     hvp: int = -1
+    generation: int = 0
+    dirty: bool = False
 
 
 class Fetched(NamedTuple):
@@ -132,6 +146,18 @@ class Interrupt(NamedTuple):
 
     cpu: int
     vector: int
+
+
+class Reset(NamedTuple):
+    """INIT: the vCPU is reset as soon as it is outside guest mode, then waits for `Startup` (spec §1.16)."""
+
+    cpu: int
+
+
+class Startup(NamedTuple):
+    """Start a vCPU that was reset. Any other vCPU ignores it."""
+
+    cpu: int
 
 
 class Poke(NamedTuple):
@@ -177,7 +203,7 @@ class SetTimer(NamedTuple):
 
 
 class SendIpi(NamedTuple):
-    """Interrupt ``vector`` to vcpu_id ``target`` of VM ``vm``."""
+    """Interrupt to vcpu_id ``target`` of VM ``vm``; ``vector`` is the low word of the command register (proto/kvm.py ICR_*)."""
 
     vm: int
     target: int
@@ -189,6 +215,19 @@ class AtBarrier(NamedTuple):
 
     vm: int
     tasks: int
+
+
+class ResetMachine(NamedTuple):
+    """The guest asks, on ``cpu``, for a reset of its whole machine (reboot). That vCPU is being reset already."""
+
+    vm: int
+    cpu: int
+
+
+class WasReset(NamedTuple):
+    """A `Reset` has been carried out: this vCPU waits for its start-up."""
+
+    cpu: int
 
 
 class PoweredDown(NamedTuple):
@@ -210,11 +249,29 @@ class Restored(NamedTuple):
     refused: str
 
 
+# ---- shell -> vm machine ---------------------------------------------------------------------------------
+class SetMemslots(NamedTuple):
+    """Replace the memslots of ``vm``. ``moves``: (first page, new first page, pages) of host memory that changes its host address
+    with its contents (mremap). `MemslotsSet` says when it is done.
+    """
+
+    vm: int
+    slots: tuple[Memslot, ...]
+    moves: tuple[tuple[int, int, int], ...] = ()
+
+
 # ---- vm machine -> shell -----------------------------------------------------------------------------------
 class OutOfMemory(NamedTuple):
     """Somebody waits for a frame, nothing is on its way out, and the swap is full: this cannot get better by itself."""
 
     waiting: int
+
+
+class MemslotsSet(NamedTuple):
+    """The layout asked for is in force, no vCPU translates with the old one."""
+
+    vm: int
+    generation: int
 
 
 # ---- shell <-> vm machine: images ------------------------------------------------------------------------

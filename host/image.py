@@ -24,8 +24,8 @@ import numpy as np
 
 from host import events as ev
 from host.saving import PageWalk
+from host.slots import Memslot
 from host.vcpu import Where
-from host.vm import Memslot
 from proto import atomics, wire
 from proto.errors import UserError
 from proto.image import ImageReader, ImageWriter
@@ -148,7 +148,7 @@ class Saving:
             "identity": shell.topology.guest_identity(),
             "elapsed_ns": self._elapsed_ns,
             "lamport": shell.writer.lamport,
-            "memslots": [list(slot) for slot in shell.vm.slots],
+            "memslots": [list(slot) for slot in shell.vm.slots.all()],
             "vcpus": [
                 {
                     "state": machine.state().to_plain(),
@@ -183,7 +183,7 @@ class Restoring:
         meta = self._image.meta
         self._elapsed_ns: int = meta["elapsed_ns"]
         self._vcpus: list[dict[str, Any]] = meta["vcpus"]
-        shell.vm.slots = [Memslot(*slot) for slot in meta["memslots"]]
+        shell.vm.slots.replace([Memslot(*slot) for slot in meta["memslots"]])
         shell.writer.observe(meta["lamport"])
 
     @property

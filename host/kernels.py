@@ -144,6 +144,30 @@ def pick_victims(
 
 
 @kernel
+def pick_unmapped(
+    state: NDArray[np.uint8],
+    flags: NDArray[np.uint8],
+    first_hvp: int,
+    pages: int,
+    hand: int,
+    want: int,
+    out: NDArray[np.int64],
+) -> tuple[int, int]:
+    """`pick_victims` over host pages that no memslot maps: nobody accesses them, so the first pass takes them."""
+    found = 0
+    for _ in range(pages):
+        if found == want:
+            break
+        hvp = first_hvp + hand
+        hand = hand + 1 if hand + 1 < pages else 0
+        if state[hvp] == HPT_RESIDENT and (flags[hvp] & F_WRITEBACK) == 0:
+            state[hvp] = HPT_EVICT
+            out[found] = hvp
+            found += 1
+    return hand, found
+
+
+@kernel
 def grace_generation(vcpus: NDArray[np.uint64], first: int, count: int, current: int) -> int:
     """The oldest flush generation that some vCPU of the VM may still run with.
 

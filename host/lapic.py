@@ -23,6 +23,12 @@ class Lapic:
         self.isr: list[int] = []
         self.spiv = 0
 
+    def reset(self) -> None:
+        """INIT: software-disabled, nothing pending, nothing in service."""
+        self.irr.clear()
+        self.isr.clear()
+        self.spiv = 0
+
     @property
     def enabled(self) -> bool:
         """Software-enabled through SPIV."""

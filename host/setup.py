@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from host.vm import Limits, Memslot
+from host.slots import Memslot
+from host.vm import Limits
 from proto.stats import HostCounter, HostHist, StatsBlock
 from proto.topology import Topology
 from proto.trace import Kind, TraceWriter

@@ -14,7 +14,7 @@ import heapq
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,6 +23,7 @@ import zmq
 
 from host import events as ev
 from host.image import Restoring, Saving
+from host.machine_reset import MachineReset, from_command
 from host.memory import HostMemory, VmMemory
 from host.setup import ShellObserver, memslots, water_marks
 from host.swap import SwapMachine, op_of
@@ -123,6 +124,9 @@ class HostShell:
             ev.SendIpi: self._ipi,
             ev.AtBarrier: self._at_barrier,
             ev.PoweredDown: self._powered_down,
+            ev.ResetMachine: lambda e: self._to_vcpus(self.resets.begin(e.vm, e.cpu)),
+            ev.WasReset: lambda e: self._to_vcpus(self.resets.was_reset(e.cpu)),
+            ev.MemslotsSet: lambda _: None,
             ev.SendIo: lambda e: self.io.setdefault(e.daemon, []).append(e),
             ev.GetPage: self._to_vm,
             ev.Translate: self._to_vm,
@@ -177,6 +181,10 @@ class HostShell:
         for cpu in range(topology.total_vcpus):
             vm, vcpu_id = self.ctx.vm_of_cpu(cpu)
             self.vcpus.append(VcpuMachine(cpu, vm, vcpu_id, profile, host_async, self.obs))
+        cpus = range(topology.total_vcpus)
+        self.resets = MachineReset(
+            [[c for c in cpus if self.ctx.vm_of_cpu(c)[0] == v] for v in range(len(vms))]
+        )
         self.daemons = [Daemon(d.transport == "tcp") for d in topology.swapd]
 
     def _sockets(self) -> None:
@@ -510,7 +518,11 @@ class HostShell:
     def _ipi(self, effect: ev.SendIpi) -> None:
         if effect.target < self.topology.vm[effect.vm].vcpus:
             cpu = self.ctx.first_cpu(effect.vm) + effect.target
-            self._feed(self.vcpus[cpu], ev.Interrupt(cpu, effect.vector))
+            self._feed(self.vcpus[cpu], from_command(cpu, effect.vector))
+
+    def _to_vcpus(self, events: Iterable[Any]) -> None:
+        for event in events:
+            self._feed(self.vcpus[event.cpu], event)
 
     def _at_barrier(self, effect: ev.AtBarrier) -> None:
         """All tasks of all VMs are at the barrier: open it, start the clock and the daemons' models."""

@@ -4,7 +4,7 @@ It acts on guest state only between an exit and an entry: a vCPU in guest mode i
 stale state. What blocks in KVM (a synchronous fault, a held shared-area access) holds this vCPU's path, never the host's loop.
 
 States (`Where`): OUT = a path is at work; IN_GUEST = the entry record was sent; BLOCKED = halted, or in a synthetic halt, until
-something makes it runnable; PAUSED = at a save point, for good; OFF = powered down.
+something makes it runnable, or reset and not started yet; PAUSED = at a save point, for good; OFF = powered down.
 """
 
 from __future__ import annotations
@@ -28,22 +28,26 @@ from host.events import (
     Paused,
     Poke,
     PoweredDown,
+    Reset,
+    ResetMachine,
     Restore,
     SendIpi,
     SetTimer,
+    Startup,
     TimerDue,
+    WasReset,
 )
 from host.lapic import Lapic
 from host.observe import Observer
 from host.state import MpState, VcpuState, restore
-from host.x86 import CANCEL_DESTROY, REQ_APF_HALT, REQ_APF_READY, X86, could_not_map
+from host.x86 import CANCEL_DESTROY, REQ_APF_HALT, REQ_APF_READY, REQ_RESET, X86, could_not_map
 from proto.kvm import VECTOR_TIMER
 from proto.layout import XF_KERNEL, XF_RESTART, XF_WRITE
 from proto.machine import Machine, MachineError, Path
 from proto.profile import Profile
 from proto.stats import HostCounter, HostHist
 from proto.trace import Kind
-from proto.wire import HC_AT_BARRIER, Entry, Exit, ExitReason, Held, Inject
+from proto.wire import HC_AT_BARRIER, HC_RESET, Entry, Exit, ExitReason, Held, Inject
 
 HOST_TICK_NS: Final = 4_000_000
 """The host's own timer makes a running vCPU exit every 1 to 4 ms (seen in the recorded kernels); here only when something waits."""
@@ -84,6 +88,10 @@ class VcpuMachine(Machine):
         self.halted = False
         """Synthetic halt; never part of mp_state, so that saving the state cannot see it (I37)."""
         self.mp_halted = False
+        self.mp_init = False
+        """Was reset and waits for its start-up (KVM_MP_STATE_INIT_RECEIVED)."""
+        self._restart = False
+        """The next entry begins at the guest's beginning."""
         self.exception: tuple[Inject, int] | None = None
         self.last_exit = _NO_EXIT
         self.where = Where.OUT
@@ -107,6 +115,8 @@ class VcpuMachine(Machine):
             Poke: self._poke,
             Pause: self._pause,
             Restore: self._restore,
+            Reset: self._reset_wanted,
+            Startup: self._startup,
         }
         self._exits: dict[int, Callable[[Exit], Path]] = {
             ExitReason.NESTED: self._nested_fault,
@@ -115,6 +125,7 @@ class VcpuMachine(Machine):
             ExitReason.HLT: self._hlt,
             ExitReason.IPI: self._ipi,
             ExitReason.HYPERCALL: self._hypercall,
+            ExitReason.CR0: self._write_cr0,
             ExitReason.BOOT: _nothing,
             ExitReason.KICK: _nothing,
             ExitReason.RESUME: _nothing,
@@ -161,6 +172,9 @@ class VcpuMachine(Machine):
         self.emit(PoweredDown(self.cpu))
         if self._pausing:
             self.emit(Paused(self.cpu))
+        if self.requests & REQ_RESET:
+            # Nobody may wait for a vCPU that is gone.
+            self.emit(WasReset(self.cpu))
         yield "powered_down"
 
     # -- exits ---------------------------------------------------------------------------------------------
@@ -225,12 +239,24 @@ class VcpuMachine(Machine):
     def _hypercall(self, record: Exit) -> Path:
         if record.arg0 == HC_AT_BARRIER:
             self.emit(AtBarrier(self.vm, record.arg1))
+        elif record.arg0 == HC_RESET:
+            self.emit(ResetMachine(self.vm, self.cpu))
+            self.requests |= REQ_RESET
         yield "hypercall"
+
+    def _write_cr0(self, record: Exit) -> Path:
+        now = record.arg0 & 1
+        self.last_exit = record._replace(cr0_pg=now)
+        self._trace(Kind.CR0_PG, a=now, b=record.cr0_pg)
+        self.x86.paging_changed(record.cr0_pg, now)
+        yield "cr0"
 
     # -- the run loop --------------------------------------------------------------------------------------
     def _vcpu_run(self) -> Path:
         """Requests in KVM's order, then block or enter."""
         while True:
+            if self.requests & REQ_RESET:
+                yield from self._reset()
             if self._pausing and self._at_save_point():
                 self._stop_here()
                 return
@@ -239,7 +265,7 @@ class VcpuMachine(Machine):
                 self.halted = True
                 self._trace(Kind.HALT_ON, a=1, b=self.last_exit.gpa >> 12)
                 yield "run.halt"
-            if self.halted or self.mp_halted:
+            if self.halted or self.mp_halted or self.mp_init:
                 if not self.runnable():
                     self._block()
                     return
@@ -266,10 +292,32 @@ class VcpuMachine(Machine):
             yield from x86.apf.check_completion(at_most=1)
 
     def runnable(self) -> bool:
-        """kvm_arch_vcpu_runnable for a vCPU that is halted one way or the other (spec §1.15)."""
+        """kvm_arch_vcpu_runnable for a vCPU that does not execute (spec §1.15)."""
+        if self.requests & REQ_RESET:
+            return True
+        if self.mp_init:
+            return False
+        if not (self.halted or self.mp_halted):
+            return True
         if self.x86.apf.done or self.exception is not None or self._poked:
             return True
         return bool(self.lapic.irr) and self.x86.interrupts_allowed()
+
+    def _reset(self) -> Path:
+        """kvm_vcpu_reset (spec §1.16): what was outstanding is forgotten, registers and LAPIC are as after power-on."""
+        self.requests = 0
+        self.halted = self.mp_halted = False
+        self.exception = None
+        self._poked = False
+        self._result = 0
+        self.lapic.reset()
+        self.x86.reset()
+        self.last_exit = self.last_exit._replace(cpl=0, if_=0, shadow=0, pending=0, cr0_pg=0, timer_ns=0)
+        self.mp_init = True
+        self._restart = True
+        self._trace(Kind.RESET)
+        self.emit(WasReset(self.cpu))
+        yield "reset"
 
     def unhalt(self) -> None:
         """Every completion ends a halt, also one the guest executed (spec §1.15 rule 7)."""
@@ -302,6 +350,8 @@ class VcpuMachine(Machine):
 
     def _enter(self) -> None:
         inject, cr2 = self.exception if self.exception is not None else (Inject.NONE, 0)
+        if self._restart:
+            inject, self._restart = Inject.RESET, False
         self.exception = None
         self._poked = False
         self.where = Where.IN_GUEST
@@ -397,6 +447,21 @@ class VcpuMachine(Machine):
             return None
         self._poked = True
         self.kick(0)
+        return self._wake()
+
+    def _reset_wanted(self, _: Reset) -> Path | None:
+        """INIT, or a reset of the machine: taken when the vCPU is outside guest mode, before anything else."""
+        if self.where is Where.OFF:
+            self.emit(WasReset(self.cpu))
+            return None
+        self.requests |= REQ_RESET
+        self.kick(REQ_RESET)
+        return self._wake()
+
+    def _startup(self, _: Startup) -> Path | None:
+        if not self.mp_init:
+            return None
+        self.mp_init = False
         return self._wake()
 
     def _wake(self) -> Path:

@@ -10,7 +10,8 @@ Invariants
 * Nobody waits here: what cannot be answered now is a waiter in a table, answered by the event that makes it possible.
 * A page in READING has one read under way however many wait for it.
 
-Deliberately not here: where slots lie and which daemon serves them (host/swap.py), who may fault asynchronously (host/x86.py).
+Deliberately not here: where swap slots lie and which daemon serves them (host/swap.py), who may fault asynchronously (host/x86.py), the
+layout of guest memory (host/slots.py) and its changes (host/slot_change.py).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import numpy as np
 
 from host import kernels
 from host.events import (
+    STALE,
     Answer,
     CancelFetch,
     Fetch,
@@ -38,6 +40,7 @@ from host.events import (
     PageLoaded,
     PageSaved,
     SavePage,
+    SetMemslots,
     SlotFree,
     SwapIn,
     SwapInDone,
@@ -61,11 +64,14 @@ from host.kernels import (
 )
 from host.memory import HostMemory
 from host.observe import Observer
+from host.slot_change import SlotChange
+from host.slots import UNMAPPED, Memslot, Range, Region, Slots
 from proto.image import Content
+from proto.layout import NPT_D
 from proto.machine import Machine, MachineError, Path
 from proto.stats import HostCounter
 from proto.trace import Kind
-from proto.units import FLUSH_BATCH, PAGE_SHIFT, PAGE_SIZE
+from proto.units import FLUSH_BATCH, PAGE_SIZE
 
 READ_ATTEMPTS_MAX: Final = 3
 """Reads of one page whose checksum may fail before the page is poisoned."""
@@ -77,15 +83,6 @@ _NEEDS_FRAME: Final = -1
 _CONTENT: Final = {HPT_NONE: Content.NONE, HPT_ZERO: Content.ZERO, HPT_BAD: Content.BAD}
 _STATE_OF: Final = {content: state for state, content in _CONTENT.items()}
 """Pages without contents, as images call them."""
-
-
-class Memslot(NamedTuple):
-    """gfns [base_gfn, base_gfn + pages) of ``vm`` are host virtual pages [base_hvp, ...)."""
-
-    vm: int
-    base_gfn: int
-    pages: int
-    base_hvp: int
 
 
 class Limits(NamedTuple):
@@ -108,20 +105,25 @@ class VmMachine(Machine):
     """Memory of all VMs of a run. See the module docstring."""
 
     def __init__(
-        self, memory: HostMemory, slots: Sequence[Memslot], limits: Limits, observer: Observer
+        self,
+        memory: HostMemory,
+        slots: Sequence[Memslot],
+        limits: Limits,
+        observer: Observer,
+        regions: Sequence[Region] = (),
     ) -> None:
         super().__init__()
         self.memory = memory
-        self.slots = list(slots)
+        self.slots = Slots(slots, len(memory.vms), regions)
+        self.change = SlotChange(self)
         self.limits = limits
         self.obs = observer
-        pages = max((s.base_hvp + s.pages for s in slots), default=0)
-        self._columns(pages, memory.frame_count)
+        self._columns(self.slots.host_pages, memory.frame_count)
         self._waiters: dict[int, list[Any]] = {}
         self._frame_waiters: deque[int] = deque()
         self._unmapped: list[deque[_Unmapped]] = [deque() for _ in memory.vms]
-        self._hands = [0] * len(self.slots)
-        self._next_slot = 0
+        self._hands: dict[Range, int] = {}
+        self._next_range = 0
         self._read_attempts: dict[int, int] = {}
         self._writes: dict[int, int] = {}
         self._serial = 0
@@ -142,6 +144,7 @@ class VmMachine(Machine):
             LookAtGrace: lambda _: None,
             SavePage: self._save_page,
             LoadPage: self._load_page,
+            SetMemslots: self.change.set_memslots,
         }
 
     def _columns(self, pages: int, frames: int) -> None:
@@ -173,6 +176,8 @@ class VmMachine(Machine):
 
     def settle(self) -> None:
         """After a batch: acknowledgements, freed frames for those who wait, reclaim below the low mark."""
+        if self.change.pending:
+            self.change.advance()
         if self._evicting:
             self._advance_grace()
         if self._frame_waiters:
@@ -184,42 +189,47 @@ class VmMachine(Machine):
 
     @property
     def grace_pending(self) -> bool:
-        """Whether victims wait for flush acknowledgements: the shell looks again soon."""
-        return self._evicting > 0
+        """Whether somebody waits for flush acknowledgements: the shell looks again soon."""
+        return self._evicting > 0 or self.change.pending
 
     # -- memslots ------------------------------------------------------------------------------------------
     def find_hvp(self, vm: int, gfn: int) -> int:
         """Host virtual page of a gfn, -1 when no memslot backs it."""
-        for slot in self.slots:
-            if slot.vm == vm and slot.base_gfn <= gfn < slot.base_gfn + slot.pages:
-                return slot.base_hvp + gfn - slot.base_gfn
-        return -1
+        return self.slots.find(vm, gfn)
 
-    def _gfns_of(self, hvp: int) -> list[tuple[int, int]]:
-        """Reverse map: every (vm, gfn) that a memslot gives this page."""
-        return [
-            (s.vm, s.base_gfn + hvp - s.base_hvp)
-            for s in self.slots
-            if s.base_hvp <= hvp < s.base_hvp + s.pages
-        ]
+    def mark_dirty(self, hvp: int) -> None:
+        """A cleared nested entry had its dirty bit."""
+        self._flags[hvp] = (self._flags[hvp] | F_DIRTY) & ~F_ZEROED
 
-    def _translate(self, event: Translate) -> None:
-        self.emit(Answer(event.cpu, event.ask, self.find_hvp(event.vm, event.gfn), False))
+    def again(self, event: GetPage | Translate) -> None:
+        """The layout that an event waited for is published."""
+        if isinstance(event, GetPage):
+            self._get_page(event, waited=True)
+        else:
+            self._translate(event, waited=True)
+
+    def _translate(self, event: Translate, waited: bool = False) -> None:
+        if self.change.hold(event):
+            return
+        hvp, generation = self.find_hvp(event.vm, event.gfn), self.slots.generation[event.vm]
+        self.emit(Answer(event.cpu, event.ask, hvp, waited, hvp, generation))
 
     # -- the ladder ----------------------------------------------------------------------------------------
-    def _get_page(self, event: GetPage) -> None:
+    def _get_page(self, event: GetPage, waited: bool = False) -> None:
+        if self.change.hold(event):
+            return
         hvp = self.find_hvp(event.vm, event.gfn)
         if hvp < 0:
-            self.emit(Answer(event.cpu, event.ask, Found.NO_SLOT, False))
+            self.emit(Answer(event.cpu, event.ask, Found.NO_SLOT, waited))
             return
         found = self._map(event.vm, event.gfn, hvp, event.write, prefault=event.how is Gup.PREFAULT)
         if found == _NEEDS_FRAME or (found == Found.NEEDS_IO and event.how is Gup.WAIT):
             if event.how is Gup.PREFAULT:
-                self.emit(Answer(event.cpu, event.ask, Found.NEEDS_IO, False))
+                self.emit(Answer(event.cpu, event.ask, Found.NEEDS_IO, waited))
             else:
                 self._wait_for(hvp, event)
             return
-        self.emit(Answer(event.cpu, event.ask, found, False, hvp))
+        self.emit(Answer(event.cpu, event.ask, found, waited, hvp))
 
     def _map(self, vm: int, gfn: int, hvp: int, write: bool, prefault: bool = False) -> int:
         """Rungs one and two (spec §1.5, §1.6): map what needs no I/O. Returns a Found or _NEEDS_FRAME."""
@@ -267,7 +277,7 @@ class VmMachine(Machine):
         fresh = self._state[hvp] == HPT_NONE
         block = self.limits.populate_pages
         if fresh and block > 1 and self.free_count > self.limits.low + block:
-            first, count = self._block_around(hvp, block)
+            first, count = self._block_around(vm, gfn, hvp, block)
             self.free_count = kernels.populate(
                 self.memory.frames, self.memory.vms[vm].npt, self.state, self.frame_of, self.flags, self.owner,
                 self.free, self.free_count, first, count, gfn - (hvp - first),
@@ -282,13 +292,13 @@ class VmMachine(Machine):
             self.obs.count(HostCounter.ZERO_IN)
         return Found.ZERO_FILL
 
-    def _block_around(self, hvp: int, block: int) -> tuple[int, int]:
-        """The aligned block of pages around ``hvp`` inside its memslot."""
-        for s in self.slots:
-            if s.base_hvp <= hvp < s.base_hvp + s.pages:
-                first = max(s.base_hvp, hvp - hvp % block)
-                return first, min(first - first % block + block, s.base_hvp + s.pages) - first
-        raise MachineError(f"page {hvp} is in no memslot")
+    def _block_around(self, vm: int, gfn: int, hvp: int, block: int) -> tuple[int, int]:
+        """The aligned block of pages around ``hvp`` inside the memslot of ``gfn``."""
+        s = self.slots.slot_of(vm, gfn)
+        if s is None:
+            raise MachineError(f"gfn {gfn} of VM {vm} is in no memslot")
+        first = max(s.base_hvp, hvp - hvp % block)
+        return first, min(first - first % block + block, s.base_hvp + s.pages) - first
 
     # -- waiting for pages and frames ----------------------------------------------------------------------
     def _wait_for(self, hvp: int, event: Any) -> None:
@@ -315,6 +325,10 @@ class VmMachine(Machine):
         """Answer everybody who waits for a page that can be mapped now."""
         for event in self._waiters.pop(hvp, ()):
             if type(event) is GetPage:
+                if self.find_hvp(event.vm, event.gfn) != hvp:
+                    # The layout changed meanwhile: this page is not what the guest would see there now.
+                    self._get_page(event, waited=True)
+                    continue
                 found = self._map(event.vm, event.gfn, hvp, event.write)
                 if found in (_NEEDS_FRAME, Found.NEEDS_IO):
                     self._wait_for(hvp, event)
@@ -354,11 +368,17 @@ class VmMachine(Machine):
 
     # -- host access to guest memory -----------------------------------------------------------------------
     def _guest_access(self, event: GuestRead32 | GuestWrite32, waited: bool = False) -> None:
-        """The shared area goes up the same ladder as the guest; on a miss the asking vCPU is held (nothing is pinned in secret)."""
-        hvp = self.find_hvp(event.vm, event.gpa >> PAGE_SHIFT)
+        """The shared area goes up the same ladder as the guest; on a miss the asking vCPU is held (nothing is pinned in secret).
+
+        The caller brings the translation it remembers; it is good while the generation of the slots is the one it was made with.
+        """
+        hvp, generation = event.hvp, self.slots.generation[event.vm]
         write = type(event) is GuestWrite32
+        if event.generation != generation:
+            self.emit(Answer(event.cpu, event.ask, STALE, waited, generation=generation))
+            return
         if hvp < 0 or self._state[hvp] == HPT_BAD:
-            self.emit(Answer(event.cpu, event.ask, 0 if write else -1, waited))
+            self.emit(Answer(event.cpu, event.ask, 0 if write else -1, waited, hvp, generation))
             return
         if self._state[hvp] in (HPT_NONE, HPT_ZERO):
             if self.free_count == 0:
@@ -378,9 +398,11 @@ class VmMachine(Machine):
             old = self.memory.read32(self._frame[hvp], offset)
             self.memory.write32(self._frame[hvp], offset, event.value)
             self._flags[hvp] = (self._flags[hvp] | F_DIRTY | F_YOUNG) & ~F_ZEROED
-            self.emit(Answer(event.cpu, event.ask, 1 + old, waited))
+            dirty = bool(self._flags[hvp] & F_DIRTY)
+            self.emit(Answer(event.cpu, event.ask, 1 + old, waited, hvp, generation, dirty))
         else:
-            self.emit(Answer(event.cpu, event.ask, self.memory.read32(self._frame[hvp], offset), waited))
+            word = self.memory.read32(self._frame[hvp], offset)
+            self.emit(Answer(event.cpu, event.ask, word, waited, hvp, generation))
 
     # -- images --------------------------------------------------------------------------------------------
     def _save_page(self, event: SavePage) -> None:
@@ -464,21 +486,43 @@ class VmMachine(Machine):
                 return
 
     def _unmap_batch(self, want: int) -> int:
-        """One flush generation: victims from the memslots in turn; returns how many."""
-        for _ in range(len(self.slots)):
-            index = self._next_slot
-            self._next_slot = (index + 1) % len(self.slots)
-            slot = self.slots[index]
-            npt = self.memory.vms[slot.vm].npt
-            hand, found = kernels.pick_victims(
-                npt, self.state, self.flags, slot.base_hvp, slot.pages, slot.base_gfn, self._hands[index], want,
-                self._victims,
-            )  # fmt: skip
-            self._hands[index] = int(hand)
+        """One flush generation: victims from the host's memory, range by range; returns how many."""
+        ranges = self.slots.ranges
+        for _ in range(len(ranges)):
+            part = ranges[self._next_range % len(ranges)]
+            self._next_range = (self._next_range + 1) % len(ranges)
+            found = self._victims_in(part, want)
             if found:
-                self._begin_grace(slot.vm, self._victims[:found].tolist())
-                return int(found)
+                victims = self._victims[:found].tolist()
+                if self.slots.aliased:
+                    self._unmap_aliases(part, victims)
+                self._begin_grace(part.vm, victims)
+                return found
         return 0
+
+    def _victims_in(self, part: Range, want: int) -> int:
+        """Victims of one range into ``_victims``; returns how many."""
+        hand = self._hands.get(part, 0)
+        if part.first_gfn != UNMAPPED:
+            npt = self.memory.vms[part.vm].npt
+            hand, found = kernels.pick_victims(
+                npt, self.state, self.flags, part.first_hvp, part.pages, part.first_gfn, hand, want, self._victims,
+            )  # fmt: skip
+        elif self.change.moving:
+            return 0
+        else:
+            hand, found = kernels.pick_unmapped(
+                self.state, self.flags, part.first_hvp, part.pages, hand, want, self._victims
+            )
+        self._hands[part] = int(hand)
+        return int(found)
+
+    def _unmap_aliases(self, part: Range, victims: list[int]) -> None:
+        """The other guest frames of pages that are mapped more than once."""
+        for hvp in victims:
+            for gfn in self.slots.gfns_of(part.vm, hvp):
+                if self.memory.unmap(part.vm, gfn) & NPT_D:
+                    self.mark_dirty(hvp)
 
     def _begin_grace(self, vm: int, hvps: list[int]) -> None:
         generation = self.memory.bump_generation(vm)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from host import events as ev
+from host import kernels
 from host.memory import HostMemory, VmMemory
-from host.vm import Limits, Memslot, VmMachine
+from host.slots import Memslot
+from host.vm import Limits, VmMachine
 from proto import atomics
 from proto.layout import npt_tables
-from proto.machine import Machine
 from proto.stats import HostCounter, HostHist
 from proto.trace import Kind
 
@@ -36,10 +37,11 @@ def warm_host() -> None:
     vcpus = np.zeros(512, np.uint64)
     vmc = np.zeros(512, np.uint64)
     memory = HostMemory(np.zeros(64 * 512, np.uint64), vcpus, [VmMemory(npt, vmc, 0, 1)])
-    machine: Machine = VmMachine(memory, [Memslot(0, 0, 256, 0)], Limits(16, 32, 4, True), _Mute())
+    machine = VmMachine(memory, [Memslot(0, 0, 256, 0)], Limits(16, 32, 4, True), _Mute())
     for gfn in range(60):
         machine.on([ev.GetPage(0, gfn, 0, gfn, True, ev.Gup.WAIT)], 0)
         machine.on([ev.LookAtGrace()], 0)
+    kernels.pick_unmapped(machine.state, machine.flags, 0, 4, 0, 0, machine._victims)
     memory.unmap(0, 1)
     memory.is_zero(0)
     for call in (atomics.py_store, atomics.py_add):

@@ -8,10 +8,11 @@ Shared state with the run loop (host/vcpu.py): ``requests``, ``halted``, ``excep
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from host.async_pf import AsyncPf, Work
-from host.events import Found, GuestRead32, GuestWrite32, Gup, Translate
+from host.events import STALE, Answer, Found, GuestRead32, GuestWrite32, Gup, Translate
 from host.gfn_hash import GfnHash
 from proto import kvm
 from proto.layout import XF_WRITE
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 REQ_APF_HALT: Final = 1
 REQ_APF_READY: Final = 2
+REQ_RESET: Final = 4
 
 DIRECT_MAP: Final = 1
 """Nested paging: one MMU context per guest, whatever CR3 holds."""
@@ -36,11 +38,21 @@ CANCEL_DESTROY: Final = 3
 """Why a work item was forgotten (trace field of CANCEL)."""
 
 
+class AreaCache(NamedTuple):
+    """The remembered translation of the shared area (KVM's gfn_to_hva cache): the page ``hvp`` (-1: not backed) is behind ``gpa`` in the
+    slots of ``generation``. -1 = not translated yet.
+    """
+
+    gpa: int = 0
+    hvp: int = -1
+    generation: int = -1
+
+
 class X86:
     """Async-PF state of one vCPU that belongs to the architecture (vcpu->arch.apf)."""
 
     __slots__ = (
-        "apf", "area_gpa", "cpuid", "deferred", "hash", "host_async", "id", "m", "msr_en", "msr_int", "pageready_pending", "profile",
+        "apf", "area", "cpuid", "deferred", "hash", "host_async", "id", "m", "msr_en", "msr_int", "pageready_pending", "profile",
         "send_always", "vector",
     )  # fmt: skip
 
@@ -57,7 +69,7 @@ class X86:
         self.msr_en = 0
         self.msr_int = 0
         self.vector = 0
-        self.area_gpa = 0
+        self.area = AreaCache()
         self.send_always = False
         self.pageready_pending = False
         self.deferred: Work | None = None
@@ -216,8 +228,13 @@ class X86:
     # -- shared area ---------------------------------------------------------------------------------------
     def write_area(self, offset: int, value: int) -> Path:
         """Store a u32 of the guest's shared area; False when no memslot backs it. Held while the page is fetched, like any host access."""
-        gpa = self.area_gpa + offset
-        answer = yield from self.m.query(lambda ask: GuestWrite32(self.m.cpu, ask, self.m.vm, gpa, value))
+        m = self.m
+        answer = yield from self._access_area(
+            lambda ask, area: GuestWrite32(
+                m.cpu, ask, m.vm, area.gpa + offset, value, area.hvp, area.generation
+            )
+        )
+        self.trace(Kind.AREA_CACHE, a=self.area.generation, b=answer.generation, c=answer.dirty)
         # The old word, all ones when nothing was written: what I15 and I24 are checked by.
         self.trace(
             Kind.SLOT_WRITE, token=value, a=offset, b=value, c=(answer.value - 1) & 0xFFFF_FFFF_FFFF_FFFF
@@ -226,9 +243,25 @@ class X86:
 
     def read_area(self, offset: int) -> Path:
         """Load a u32 of the shared area; -1 when no memslot backs it."""
-        gpa = self.area_gpa + offset
-        answer = yield from self.m.query(lambda ask: GuestRead32(self.m.cpu, ask, self.m.vm, gpa))
+        m = self.m
+        answer = yield from self._access_area(
+            lambda ask, area: GuestRead32(m.cpu, ask, m.vm, area.gpa + offset, area.hvp, area.generation)
+        )
         return answer.value
+
+    def _access_area(self, request: Callable[[int, AreaCache], object]) -> Path:
+        """Access the area through the remembered translation, made anew as often as the memslots have changed (spec §1.7, I32)."""
+        while True:
+            answer: Answer = yield from self.m.query(lambda ask: request(ask, self.area))
+            if answer.value != STALE:
+                return answer
+            yield "area.stale"
+            yield from self.translate_area(self.area.gpa)
+
+    def translate_area(self, gpa: int) -> Path:
+        """Remember what is behind ``gpa``. Page and generation come in one answer: the slots cannot change between the two (BZ-21)."""
+        answer = yield from self.m.query(lambda ask: Translate(self.m.cpu, ask, self.m.vm, gpa >> 12))
+        self.area = AreaCache(gpa, answer.hvp, answer.generation)
 
     # -- MSRs (table G of spec §0.3) -----------------------------------------------------------------------
     def write_msr(self, index: int, value: int) -> Path:
@@ -276,11 +309,9 @@ class X86:
         if not self.enabled:
             self.disable()
             return False
-        area = value & kvm.EN_ADDRESS
-        backed = yield from self.m.query(lambda ask: Translate(self.m.cpu, ask, self.m.vm, area >> 12))
-        if backed.value < 0:
+        yield from self.translate_area(value & kvm.EN_ADDRESS)
+        if self.area.hvp < 0:
             return True
-        self.area_gpa = area
         self.send_always = bool(value & kvm.EN_SEND_ALWAYS)
         yield "enable.area"
         self.apf.wakeup_all()
@@ -299,6 +330,20 @@ class X86:
         """Disabling forgets everything; v3 only forgets where to write."""
         if self.profile.cancel_on_disable:
             self.forget(CANCEL_DISABLE)
+
+    def reset(self) -> None:
+        """Reset of the vCPU (spec §1.16): registers zero, nothing outstanding. The counter behind the tokens goes on (I2)."""
+        self.forget(CANCEL_RESET)
+        self.msr_en = 0
+        self.msr_int = 0
+        self.vector = 0
+        self.send_always = False
+        self.area = AreaCache()
+
+    def paging_changed(self, was: int, now: int) -> None:
+        """CR0.PG was written. Nothing is forgotten; where telling was held back by PG = 0 the done list is looked at again."""
+        if now and not was and self.enabled and self.profile.paging_on_requests_ready:
+            self.m.request(REQ_APF_READY)
 
     def forget(self, why: int) -> None:
         """Flush queue, done list and hash (I34)."""

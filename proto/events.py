@@ -77,6 +77,12 @@ class Kind(IntEnum):
     """The vCPU waits in the host for the page."""
     SYNC_DONE = 44
     ALLOC_TOKEN = 45
+    MEMSLOTS = 46
+    """A layout of the memslots was published (twice per change, spec §1.7)."""
+    RESET = 47
+    """The vCPU was reset (spec §1.16)."""
+    CR0_PG = 48
+    """The guest wrote CR0."""
     AREA_CACHE = 49
     """Before a write of the shared area: what its translation is worth. dirty: the page is marked so."""
     STATE_SAVE = 56
@@ -157,6 +163,9 @@ FIELDS: Final[dict[Kind, tuple[str, ...]]] = {
     Kind.SYNC_FAULT: ("why", "gfn"),
     Kind.SYNC_DONE: ("result", "gfn"),
     Kind.ALLOC_TOKEN: ("gva", "gfn"),
+    Kind.MEMSLOTS: ("generation", "pages_removed", "pages_added"),
+    Kind.RESET: (),
+    Kind.CR0_PG: ("new", "old"),
     Kind.AREA_CACHE: ("cached_generation", "current_generation", "dirty"),
     Kind.STATE_SAVE: ("mp_state", "halted", "msr_en"),
     Kind.STATE_RESTORE: ("mp_state", "halted", "msr_en"),

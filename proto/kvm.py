@@ -39,6 +39,13 @@ VECTOR_PAGE_READY: Final = 0xF3
 """The vector Linux uses; spec §0.6 calls the number unconfirmed, the recorded kernels use it."""
 VECTOR_RESCHEDULE: Final = 0xFD
 
+ICR_VECTOR: Final = 0xFF
+ICR_MODE: Final = 0x700
+"""Delivery mode in the APIC's interrupt command register, as in an exit for an interrupt to another CPU."""
+ICR_FIXED: Final = 0
+ICR_INIT: Final = 0x500
+ICR_STARTUP: Final = 0x600
+
 GFN_HASH_BITS: Final = 6
 GFN_HASH_SLOTS: Final = 1 << GFN_HASH_BITS
 SLEEPER_HASH_BITS: Final = 8

@@ -57,6 +57,8 @@ class Profile:
     (spec §8.2)."""
     test_paging: bool
     """can-deliver needs CR0.PG (mainline)."""
+    paging_on_requests_ready: bool
+    """CR0.PG 0 -> 1 with async PF enabled requests READY (mainline, spec §1.16). No profile forgets anything at a change of PG (BZ-03)."""
     prefault: str
     """Retry before entry: 'switch-cr3' (v3), 'direct' (merged series), 'compare-cr3' (mainline). All are the same with nested paging."""
     guest_sleeps_in_kernel: bool
@@ -67,20 +69,20 @@ V3: Final = Profile(
     name="v3", msr_en=MSR_ASYNC_PF_EN_V3, cpuid=CPUID_FEATURE_ASYNC_PF_V3, enabled_bits=EN_ENABLE, ready_by_interrupt=False,
     host_halt=False, gfn_hash=False, limit=0, elide=True, announce_before_fetch=False, ready_needs_announced=False,
     skip_token_zero=False, cancel_on_disable=False, test_pending_exception=True, failed_write_halts=False, test_paging=False,
-    prefault="switch-cr3", guest_sleeps_in_kernel=True,
+    paging_on_requests_ready=False, prefault="switch-cr3", guest_sleeps_in_kernel=True,
 )  # fmt: skip
 V7: Final = Profile(
     name="v7", msr_en=MSR_ASYNC_PF_EN, cpuid=CPUID_FEATURE_ASYNC_PF, enabled_bits=EN_ENABLE, ready_by_interrupt=False,
     host_halt=True, gfn_hash=True, limit=ASYNC_PF_PER_VCPU, elide=False, announce_before_fetch=True, ready_needs_announced=True,
     skip_token_zero=False, cancel_on_disable=True, test_pending_exception=True, failed_write_halts=False, test_paging=False,
-    prefault="direct", guest_sleeps_in_kernel=True,
+    paging_on_requests_ready=False, prefault="direct", guest_sleeps_in_kernel=True,
 )  # fmt: skip
 MAINLINE: Final = Profile(
     name="mainline", msr_en=MSR_ASYNC_PF_EN, cpuid=CPUID_FEATURE_ASYNC_PF | CPUID_FEATURE_ASYNC_PF_INT,
     enabled_bits=EN_ENABLE | EN_AS_INT, ready_by_interrupt=True,
     host_halt=True, gfn_hash=True, limit=ASYNC_PF_PER_VCPU, elide=False, announce_before_fetch=True, ready_needs_announced=True,
     skip_token_zero=True, cancel_on_disable=True, test_pending_exception=True, failed_write_halts=True, test_paging=True,
-    prefault="compare-cr3", guest_sleeps_in_kernel=False,
+    paging_on_requests_ready=True, prefault="compare-cr3", guest_sleeps_in_kernel=False,
 )  # fmt: skip
 
 PROFILES: Final = {p.name: p for p in (V3, V7, MAINLINE)}

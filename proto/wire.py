@@ -74,17 +74,21 @@ class ExitReason(IntEnum):
     WRMSR = 5
     RDMSR = 6
     IPI = 7
-    """arg0 = destination vcpu_id, arg1 = vector."""
+    """arg0 = destination vcpu_id, arg1 = vector and delivery mode as in the APIC's command register (fixed, INIT, start-up)."""
     HYPERCALL = 8
     """arg0 = HC_*."""
     DONE = 9
     """Every task of this CPU has finished; it powers down."""
+    CR0 = 10
+    """Write to CR0: arg0 = the new value of its PG bit; `cr0_pg` is the old one."""
     RESUME = 20
     """A restored vCPU goes on: its first exit in a fresh process, in place of BOOT."""
 
 
 HC_AT_BARRIER: Final = 1
 """Tasks of this VM reached the start barrier; arg1 = how many so far."""
+HC_RESET: Final = 2
+"""Reset the machine: every vCPU of this VM, then the first one starts."""
 
 
 class Inject(IntEnum):
@@ -97,6 +101,8 @@ class Inject(IntEnum):
     """#PF of mode E, CR2 = token."""
     MACHINE_CHECK = 3
     GP = 4
+    RESET = 5
+    """Not an exception: the vCPU was reset, the guest starts from its beginning with nothing in its registers and its TLB."""
 
 
 class Held(IntEnum):

@@ -16,17 +16,19 @@ Deliberately not here: loss, crashes and random schedules; daemons as machines; 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 
 from host import events as ev
 from host.kernels import F_DIRTY, HPT_EVICT, HPT_RESIDENT, HPT_SLOT
+from host.machine_reset import MachineReset, from_command
 from host.memory import HostMemory, VmMemory
+from host.slots import Memslot
 from host.swap import SwapMachine
 from host.vcpu import VcpuMachine, Where
-from host.vm import Limits, Memslot, VmMachine
+from host.vm import Limits, VmMachine
 from proto.events import Kind
 from proto.layout import MODE_IN_GUEST, MODE_OUTSIDE, NPT_D, VP_STATE, npt_tables
 from proto.machine import Machine
@@ -123,6 +125,7 @@ class World:
             VcpuMachine(cpu, 0, vcpu_id, config.profile, config.host_async, self.record)
             for cpu, vcpu_id in enumerate(config.vcpu_ids)
         ]
+        self.resets = MachineReset([range(count)])
         self._disk: dict[int, bytes] = {}
         self._parked: list[list[int]] = [[] for _ in range(count)]
         """Serial numbers of each machine's parked paths, in the machine's order."""
@@ -150,7 +153,9 @@ class World:
         to_swap = lambda e: self._routed.append((self.swap, e))  # noqa: E731
         return {
             ev.Enter: self._enter, ev.KickVcpu: self._kick, ev.SetTimer: self._set_timer, ev.SendIo: self._send_io,
-            ev.SendIpi: self._ipi, ev.PoweredDown: lambda _: None,
+            ev.SendIpi: self._ipi, ev.PoweredDown: lambda _: None, ev.MemslotsSet: lambda _: None,
+            ev.ResetMachine: lambda e: self._to_vcpus(self.resets.begin(e.vm, e.cpu)),
+            ev.WasReset: lambda e: self._to_vcpus(self.resets.was_reset(e.cpu)),
             ev.GetPage: to_vm, ev.Translate: to_vm, ev.Fetch: to_vm, ev.CancelFetch: to_vm, ev.GuestRead32: to_vm,
             ev.GuestWrite32: to_vm, ev.SwapInDone: to_vm, ev.SwapOutDone: to_vm,
             ev.SwapIn: to_swap, ev.SwapOut: to_swap, ev.SlotFree: to_swap,
@@ -356,7 +361,10 @@ class World:
     def _ipi(self, effect: ev.SendIpi) -> None:
         if effect.target in self.config.vcpu_ids:
             cpu = self.config.vcpu_ids.index(effect.target)
-            self._routed.append((self.vcpus[cpu], ev.Interrupt(cpu, effect.vector)))
+            self._routed.append((self.vcpus[cpu], from_command(cpu, effect.vector)))
+
+    def _to_vcpus(self, events: Iterable[Any]) -> None:
+        self._routed.extend((self.vcpus[event.cpu], event) for event in events)
 
     def _send_io(self, effect: ev.SendIo) -> None:
         if effect.op != OP_READ:

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 
 from host import events as ev
+from host.machine_reset import MachineReset, from_command
 from host.memory import HostMemory, VmMemory
+from host.slots import Memslot, Region
 from host.swap import SwapMachine
 from host.vcpu import VcpuMachine
-from host.vm import Limits, Memslot, VmMachine
+from host.vm import Limits, VmMachine
 from proto import kvm
 from proto.image import Content
 from proto.layout import APF_AREA_GPA, MODE_IN_GUEST, VP_STATE, XF_IF, XF_WRITE, npt_tables
@@ -70,6 +72,7 @@ class Bench:
         frames: int = 128,
         vcpus: int = 1,
         slots: int = 512,
+        spare: int = 0,
         low: int = 8,
         high: int = 24,
         populate: int = 1,
@@ -83,8 +86,9 @@ class Bench:
         self.memory = HostMemory(
             np.zeros(frames * WORDS, np.uint64), self.vcpu_pages, [VmMemory(npt, self.vmc, 0, vcpus)]
         )
+        limits = Limits(low, high, populate, zero_pages)
         self.vm = VmMachine(
-            self.memory, [Memslot(0, 0, pages, 0)], Limits(low, high, populate, zero_pages), self.obs
+            self.memory, [Memslot(0, 0, pages, 0)], limits, self.obs, [Region(0, 0, pages + spare)]
         )
         self.swap = SwapMachine([slots], self.obs)
         ids = vcpu_ids or tuple(range(vcpus))
@@ -92,6 +96,8 @@ class Bench:
             VcpuMachine(cpu, 0, ids[cpu], PROFILES[profile], host_async, self.obs) for cpu in range(vcpus)
         ]
         self.profile = PROFILES[profile]
+        self.resets = MachineReset([range(vcpus)])
+        self.layouts: list[ev.MemslotsSet] = []
         self.now = 1_000_000
         self.routed: deque[tuple[Any, Any]] = deque()
         self.entries: dict[int, Entry] = {}
@@ -133,18 +139,36 @@ class Bench:
             self.timers.append(effect)
         elif kind is ev.SendIo:
             self.io.append(effect)
+        elif kind in (ev.ResetMachine, ev.WasReset, ev.MemslotsSet):
+            self._change(effect)
         elif kind in (ev.Answer, ev.Fetched):
             self.routed.append((self.vcpus[effect.cpu], effect))
         elif kind in (ev.SwapIn, ev.SwapOut, ev.SlotFree):
             self.routed.append((self.swap, effect))
         elif kind is ev.SendIpi:
-            self.routed.append((self.vcpus[effect.target], ev.Interrupt(effect.target, effect.vector)))
+            self.routed.append((self.vcpus[effect.target], from_command(effect.target, effect.vector)))
         elif kind is ev.OutOfMemory:
             self.out_of_memory += 1
         elif kind in (ev.Paused, ev.Restored, ev.PageSaved, ev.PageLoaded):
             self.told.append(effect)
         elif kind not in (ev.PoweredDown, ev.AtBarrier):
             self.routed.append((self.vm, effect))
+
+    def _change(self, effect: Any) -> None:
+        """Resets, and memslots that are in force."""
+        if type(effect) is ev.MemslotsSet:
+            self.layouts.append(effect)
+            return
+        told: Any = (
+            self.resets.begin(effect.vm, effect.cpu)
+            if type(effect) is ev.ResetMachine
+            else self.resets.was_reset(effect.cpu)
+        )
+        self.routed.extend((self.vcpus[event.cpu], event) for event in told)
+
+    def set_slots(self, *slots: Memslot, moves: tuple[tuple[int, int, int], ...] = ()) -> None:
+        """Set a layout; it is in force when every vCPU has flushed."""
+        self.feed(self.vm, ev.SetMemslots(0, slots, moves))
 
     # -- the vCPU ------------------------------------------------------------------------------------------
     def exit(self, cpu: int = 0, reason: ExitReason = ExitReason.KICK, **fields: int) -> None:

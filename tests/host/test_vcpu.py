@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from host.slots import Memslot
 from proto import kvm
 from proto.stats import HostCounter
 from proto.trace import Kind
@@ -330,7 +331,7 @@ def test_token_zero_is_never_used_in_mainline() -> None:
 @pytest.mark.parametrize(("profile", "halts"), [("mainline", True), ("v7", False)])
 def test_a_not_present_whose_word_cannot_be_written(profile: str, halts: bool) -> None:
     bench = swapped(profile=profile)
-    bench.vcpus[0].x86.area_gpa = 1 << 40
+    bench.set_slots(Memslot(0, 2, 254, 2))
     entry = bench.touch(GFN)
     assert (entry is None) is halts
     assert bench.obs.counts[HostCounter.FAULTS_ASYNC] == 0

@@ -8,10 +8,11 @@ from host import events as ev
 from host.async_pf import AsyncPf, Work
 from host.gfn_hash import EMPTY, GfnHash
 from host.kernels import F_DIRTY, HPT_EVICT, HPT_READING, HPT_SLOT
+from host.slots import Memslot
 from host.state import MpState
 from host.swap import SwapMachine
 from host.vcpu import VcpuMachine
-from host.vm import Memslot, VmMachine
+from host.vm import VmMachine
 from proto import kvm
 from proto.events import Kind
 from proto.layout import APF_AREA_GPA, MODE_IN_GUEST, NPT_D, VP_STATE, XF_RESTART
@@ -234,14 +235,14 @@ def area_without_memory() -> list[str]:
     bench.serve()
     vcpu.park_with(lambda step: step == "page_present.deliver")
     bench.exit()
-    whole = list(bench.vm.slots)
+    whole = bench.vm.slots.of_vm(0)
     first = (APF_AREA_GPA >> 12) + 1
-    bench.vm.slots = [Memslot(0, first, len(bench.vm.state) - first, first)]
+    bench.set_slots(Memslot(0, first, len(bench.vm.state) - first, first))
     vcpu.park_with(None)
     for effect in vcpu.resume(0, bench.now):
         bench._perform(effect)
     bench.route()
-    bench.vm.slots = whole
+    bench.set_slots(*whole)
     for _ in range(4):
         bench.exit()
     return [] if bench.area(0, kvm.AREA_TOKEN) == token else ["I47", "the ready event is gone with its item"]
