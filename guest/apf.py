@@ -91,6 +91,13 @@ class AsyncPf:
         yield from cpu.wrmsr(config.profile.msr_en, value)
         cpu.page.store(VP_APF_ENABLED, 1)
 
+    def disable(self) -> Path:
+        """The register first, `enabled` last (spec §1.3). When this returns the host writes nothing here any more. No-op if not enabled."""
+        cpu = self._cpu
+        if cpu.page.load(VP_APF_ENABLED):
+            yield from cpu.wrmsr(cpu.config.profile.msr_en, 0)
+            cpu.page.store(VP_APF_ENABLED, 0)
+
     # ---- entries ------------------------------------------------------------------------------------------------------------
     def page_fault(self, cr2: int) -> Path:
         """#PF injected by the host, in the context of the current task or of the idle loop."""
@@ -229,15 +236,19 @@ class AsyncPf:
         cpu = self._cpu
         if token == TOKEN_WAKE_ALL:
             cpu.acc.add(VC_BROADCASTS)
-            woken = yield from cpu.sleepers.wake_all()
-            for one in woken:
-                yield from self._wake_up(one)
+            yield from self.wake_all()
             return
         cpu.acc.add(VC_READY)
         one = yield from cpu.sleepers.wake(token)
         if one is not None:
             if one.node < cpu.config.tasks:
                 cpu.acc.latency(VcpuHist.READY, cpu.now_ns - cpu.task_load(one.node, T_FAULT_NS))
+            yield from self._wake_up(one)
+
+    def wake_all(self) -> Path:
+        """Wake every sleeper of this CPU: the broadcast of the host, or the CPU goes offline."""
+        woken = yield from self._cpu.sleepers.wake_all()
+        for one in woken:
             yield from self._wake_up(one)
 
     def _wake_up(self, one: Woken) -> Path:

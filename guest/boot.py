@@ -41,6 +41,7 @@ from proto.layout import (
     T_CPU,
     T_CR3,
     T_GROUP,
+    T_HOME,
     T_IF,
     T_INDEX,
     T_LOOPS,
@@ -256,7 +257,7 @@ def _fill(
     record: U64, spec: TaskSpec, seed: int, number: int, root: int, shadow: int, traces: Sequence[TraceShape]
 ) -> None:
     record[T_STATE] = TS_RUNNABLE
-    record[T_CPU] = spec.cpu
+    record[T_CPU] = record[T_HOME] = spec.cpu
     record[T_PROGRAM] = spec.program
     record[T_CR3] = root * PAGE_SIZE
     record[T_CPL] = 3

@@ -11,7 +11,8 @@ Invariants
 * All state is in the task record (``T_K*``); each stage makes at most one access to guest memory, so any of them may take a nested fault,
   with CPL 0 and IF 0, and is resumed where it was.
 * A table entry is set once, from not present to present, by compare-exchange: CPUs that share an address space need no lock.
-* A gfn comes from the allocator (atomic add) and is never given back, so a new page reads as zeros without being cleared in full.
+* A gfn comes from the allocator (atomic add) and is never given back, so a new page reads as zeros without being cleared in full; only
+  after a reboot, which starts the allocator again, it is.
 
 Not handled here: protection faults (a task that causes one is killed), freeing memory, what to do with a set flags word.
 """
@@ -27,6 +28,7 @@ from proto.jit import lean_inline as inline
 from proto.layout import (
     K_ALLOC_FAILED,
     K_ALLOC_NEXT,
+    K_BOOTS,
     K_MEMORY_PAGES,
     PTE_ADDR,
     PTE_P,
@@ -141,6 +143,10 @@ def _stage_clear(m: Vcpu, task: U64) -> Result:
     if frame < 0:
         return MISS, 0, gva, u64(WRITE)
     store(m.frames, _word(frame, gva), 0)
+    if load(m.kern, K_BOOTS):
+        base = u64(frame) * u64(512)
+        for i in range(512):
+            m.frames[base + u64(i)] = u64(0)
     task[T_KSTAGE] = u64(KS_INSTALL)
     return AGAIN, 1, u64(0), u64(0)
 

@@ -35,6 +35,8 @@ class CpuConfig(NamedTuple):
     exception_cost_ns: int
     switch_cost_ns: int
     interrupt_cost_ns: int
+    hotplug: bool = False
+    """CPUs of this guest may go and come, or it may reboot: no CPU powers down before all tasks are finished."""
 
     @property
     def enables_async_pf(self) -> bool:
@@ -68,6 +70,21 @@ class Access32(NamedTuple):
     gpa: int
     write: bool
     value: int
+
+
+class ClearPage(NamedTuple):
+    """Fill a page of guest memory with zeros, interrupts off; answer `Accessed`."""
+
+    ask: int
+    gpa: int
+
+
+class LoadKernel(NamedTuple):
+    """Put the guest kernel's memory and the tasks' shadow back to what they were at power-on; answer `Relaxed`. Only the first CPU asks,
+    while no other executes.
+    """
+
+    ask: int
 
 
 class Relax(NamedTuple):

@@ -15,7 +15,7 @@ Invariants
 * Every exit record tells the complete state that the host decides on (proto/wire.py Exit).
 * An exit with XF_RESTART is a save point: no kernel code is under way on this CPU, so that `registers` and shared memory are all of it.
 
-Not handled here: CPU off- and online after boot, migration of tasks, guest memory other than the async-PF area.
+Not handled here: CPUs that go and come, and reboots (guest/hotplug.py); guest memory other than the async-PF area and fresh tables.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from guest.accounting import Accounting
 from guest.apf import TOKEN_VALID, AsyncPf
 from guest.events import (
     Access32,
+    ClearPage,
     CpuConfig,
     GuestPanicError,
     PowerDown,
@@ -37,6 +38,7 @@ from guest.events import (
     RunTask,
     TakeExit,
 )
+from guest.hotplug import Hotplug
 from guest.registers import Registers
 from guest.sched import NOBODY, RunQueue
 from guest.sleepers import Sleepers
@@ -44,6 +46,7 @@ from guest.syscalls import release_locks
 from proto.kvm import (
     MSR_X2APIC_SPIV,
     SPIV_ENABLE,
+    VECTOR_CALL,
     VECTOR_PAGE_READY,
     VECTOR_RESCHEDULE,
     VECTOR_TIMER,
@@ -100,6 +103,7 @@ from proto.layout import (
     VC_TASKS_DONE,
     VC_TASKS_KILLED,
     VC_VCLOCK_NS,
+    VP_APF_ENABLED,
     VP_CR0_PG,
     VP_CR3,
     VP_IRQ_PENDING,
@@ -130,18 +134,24 @@ _HELD_COUNTER: Final[dict[int, int]] = {
 _CHARGED_EXITS: Final = frozenset((ExitReason.NESTED, ExitReason.WRMSR, ExitReason.HYPERCALL, ExitReason.IPI))
 """Exits that the guest's own code causes; kicks are the host's doing, and a halted CPU has nobody to charge."""
 _KILLS: Final = {RUN_SEGV: KILL_SEGV, RUN_OOM: KILL_OOM}
+_REGISTERS: Final = (VP_TASK, VP_CR0_PG, VP_CR3, VP_APF_ENABLED, VP_IRQ_PENDING, VP_NEED_RESCHED)
+"""Words of the vCPU page that a reset clears."""
 _GOES_ON: Final = frozenset((RUN_BUDGET, RUN_RESCHED, RUN_IRQ_WINDOW))
+
+
+class CpuReset(Exception):  # noqa: N818 - not an error
+    """The host reset this CPU: whatever it was doing is over, it starts from the beginning."""
 
 
 class GuestCpu(Machine):
     """One vCPU's kernel.
 
-    ``kernel``: the guest kernel segment, ``vcpu_page``: this CPU's page, ``control``: page 0 of the control segment (read only). Events:
-    `PowerOn` once, then answers. Effects: exactly one request, the last one `PowerDown`. ``resume``: go on from a save point.
+    ``kernel``: the guest kernel segment, ``vcpu_page``: this CPU's page, ``control``: page 0 of the control segment (read only),
+    ``vmc``: the page of this VM in it (read only; without one nobody ever asks this guest for a reboot or a CPU). Events: `PowerOn`
+    once, then answers. Effects: exactly one request, the last one `PowerDown`. ``resume``: go on from a save point.
     """
 
     __slots__ = (
-        "_apf",
         "_base",
         "_control",
         "_end_seen",
@@ -151,11 +161,13 @@ class GuestCpu(Machine):
         "_stop_seen",
         "acc",
         "accepted",
+        "apf",
         "barrier_open",
         "config",
         "eois",
         "gate_ns",
         "halting",
+        "hotplug",
         "irr",
         "kernel",
         "page",
@@ -174,6 +186,7 @@ class GuestCpu(Machine):
         control: npt.NDArray[np.uint64],
         acc: Accounting,
         resume: Registers | None = None,
+        vmc: npt.NDArray[np.uint64] | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -187,7 +200,8 @@ class GuestCpu(Machine):
             kernel, config.tasks, config.vcpus, config.vcpu_id, config.tick_ns, config.granularity_ns
         )
         self.sleepers = Sleepers(self.kernel, config.tasks, config.vcpus, config.vcpu_id, acc, self._relax)
-        self._apf = AsyncPf(self)
+        self.apf = AsyncPf(self)
+        self.hotplug = Hotplug(self, ArrayPort(vmc if vmc is not None else np.zeros(512, np.uint64)))
         self.vclock_ns = 0
         self.seq = 0
         self.gate_ns = 0
@@ -218,19 +232,38 @@ class GuestCpu(Machine):
 
     # ---- the CPU's life -----------------------------------------------------------------------------------------------------
     def _main(self) -> Path:
-        if self._resume is None:
-            yield from self._boot()
-        elif self._resume.off:
+        first = True
+        while True:
+            try:
+                yield from self._life(first=first)
+            except CpuReset:
+                first = False
+                self._forget()
+            else:
+                return
+
+    def _life(self, *, first: bool) -> Path:
+        """From its start to the end of the machine; a reset ends it with `CpuReset`."""
+        resume = self._resume if first else None
+        if (resume is not None and resume.off) or (
+            not first and not (yield from self.hotplug.started_again())
+        ):
             self._power_down(abort=False)
             return
+        if resume is not None:
+            yield from self._go_on(resume.at_ns)
         else:
-            yield from self._go_on(self._resume.at_ns)
+            yield from self._boot()
+        if not first:
+            yield from self.hotplug.booted_again()
         queue = self.queue
         while True:
             self._look_at_control()
             if self.irr and self._interrupts_on() and self._interrupts_due():
                 yield from self.take_interrupts()
                 # Handlers leave to the host; a poke that came meanwhile is used up, so look again before anything that may sleep.
+                continue
+            if self.config.hotplug and (yield from self.hotplug.look()):
                 continue
             if self.vclock_ns >= queue.next_tick_ns and self._interrupts_on():
                 queue.tick(self.vclock_ns)
@@ -240,7 +273,7 @@ class GuestCpu(Machine):
                 if not (yield from self._run_current()):
                     self._power_down(abort=True)
                     return
-            elif queue.alive:
+            elif queue.alive or not self.hotplug.may_power_down():
                 yield from self.halt()
             else:
                 self._power_down(abort=False)
@@ -249,17 +282,28 @@ class GuestCpu(Machine):
     def _boot(self) -> Path:
         """Interrupts are off until the main loop (T1: the enable register is written before this CPU's first interrupt)."""
         yield from self.exit(ExitReason.BOOT)
+        self._must_not_inject((yield from self.exit(ExitReason.CR0, arg0=1)))
         self.page.store(VP_CR0_PG, 1)
         yield from self.wrmsr(MSR_X2APIC_SPIV, SPIV_ENABLE | SPURIOUS)
         if self.config.enables_async_pf:
-            yield from self._apf.enable()
+            yield from self.apf.enable()
             # A kernel boots on with interrupts on for long before its first task runs: the broadcast of enabling comes here. Later it
             # would wake a task whose ready event is still to come, and that one would then leave a dummy for nobody.
             entry = yield from self.exit(ExitReason.HYPERCALL, if_=1)
             yield from self._deliver(entry)
-        # Each CPU sets its own bit once, so adding is setting.
+        # Each CPU sets its own bit, when it is clear, so adding is setting.
         self.kernel.add(K_ONLINE + self.config.vcpu_id // 64, 1 << (self.config.vcpu_id % 64))
         self.acc.interrupts = 1
+
+    def _forget(self) -> None:
+        """What a reset leaves: the clock and the accounts, which are the emulator's."""
+        for word in _REGISTERS:
+            self.page.store(word, 0)
+        self.queue.forget()
+        self.irr = self.accepted = self.eois = self.gate_ns = 0
+        self.halting = False
+        self.acc.interrupts = 0
+        self._last = NOBODY
 
     # ---- saved and restored -------------------------------------------------------------------------------------------------
     def registers(self, now_ns: int) -> Registers:
@@ -309,7 +353,7 @@ class GuestCpu(Machine):
         yield from self._deliver(entry)
         if self.halting:
             self.acc.interrupts = 0
-            yield from self._apf.go_on_halting(task)
+            yield from self.apf.go_on_halting(task)
             self.acc.interrupts = 1
 
     def _power_down(self, *, abort: bool) -> None:
@@ -370,7 +414,7 @@ class GuestCpu(Machine):
         elif code in _KILLS:
             yield from self._retire(task, TS_KILLED, _KILLS[code])
         elif code == RUN_APF_WORD:
-            yield from self._apf.word_found()
+            yield from self.apf.word_found()
         elif code == RUN_ABORT:
             return False
         else:
@@ -406,7 +450,8 @@ class GuestCpu(Machine):
             self.acc.event(Kind.TASK_KILLED, 0, task + 1, reason, self.page.load(VP_X_GVA))
         self.task_store(task, T_STATE, state)
         self.leave_task()
-        self.kernel.add(K_DONE, 1)
+        if self.kernel.add(K_DONE, 1) + 1 == self.config.tasks and self.config.hotplug:
+            yield from self.hotplug.power_off()
         if not self.barrier_open:
             yield from self._report_barrier()
             self._reopen_barrier()
@@ -462,6 +507,18 @@ class GuestCpu(Machine):
             and (self.config.preemptible or self.task_load(task, T_CPL) != 0)
         )
 
+    def put_task_back(self) -> bool:
+        """Take the current task off this CPU, into its queue; False while it may not be preempted (it soon may)."""
+        task = self.queue.current
+        if task < 0:
+            return True
+        if not self._may_preempt(task):
+            self.queue.need_resched = True
+            return False
+        self.task_store(task, T_STATE, TS_RUNNABLE)
+        self.leave_task()
+        return True
+
     def leave_task(self) -> None:
         """The current task stopped running (its state says why); the CPU picks another one next."""
         self.queue.current = NOBODY
@@ -495,11 +552,13 @@ class GuestCpu(Machine):
             self.spend(self.config.interrupt_cost_ns)
             self.acc.event(Kind.G_IRQ, 0, vector)
             if vector == VECTOR_PAGE_READY:
-                yield from self._apf.ready_interrupt()
+                yield from self.apf.ready_interrupt()
             elif vector == VECTOR_TIMER:
                 self.queue.tick(self.vclock_ns)
             elif vector == VECTOR_RESCHEDULE:
                 self.queue.note_wake()
+            elif vector == VECTOR_CALL:
+                yield from self.hotplug.called()
         self.acc.interrupts = before
 
     def halt(self, *, restart: bool = True) -> Path:
@@ -534,13 +593,10 @@ class GuestCpu(Machine):
         self.emit(TakeExit(ask.ask_id, self._record(reason, if_, cpl, arg0, arg1, fault, restart=restart)))
         entered = yield ask
         entry: Entry = entered.entry
-        self.acc.trace.observe(entry.lamport)
-        self.acc.cause = entry.cause
-        if entry.held_ns:
-            self._held(entry.held_kind, entry.held_ns)
-        if entry.held_kind == Held.IDLE and entered.at_ns > self.vclock_ns:
-            # An idle CPU has nothing to catch up: what it was behind is idle time, too.
-            self._held(Held.IDLE, entered.at_ns - self.vclock_ns)
+        if entry.inject == Inject.RESET:
+            self._came_back(entry, entered.at_ns)
+            raise CpuReset
+        self._came_back(entry, entered.at_ns)
         if entry.irr and not self.irr:
             self.gate_ns = 0 if entry.held_kind == Held.HALTED else entered.at_ns
         elif entry.held_kind == Held.HALTED and self.vclock_ns < self.gate_ns:
@@ -548,6 +604,16 @@ class GuestCpu(Machine):
             self._held(Held.HALTED, self.gate_ns - self.vclock_ns)
         self.irr = entry.irr
         return entry
+
+    def _came_back(self, entry: Entry, at_ns: int) -> None:
+        """Account for the time in the host."""
+        self.acc.trace.observe(entry.lamport)
+        self.acc.cause = entry.cause
+        if entry.held_ns:
+            self._held(entry.held_kind, entry.held_ns)
+        if entry.held_kind == Held.IDLE and at_ns > self.vclock_ns:
+            # An idle CPU has nothing to catch up: what it was behind is idle time, too.
+            self._held(Held.IDLE, at_ns - self.vclock_ns)
 
     def _record(
         self,
@@ -602,7 +668,7 @@ class GuestCpu(Machine):
             return
         if entry.inject in (Inject.PF_NOT_PRESENT, Inject.PF_READY):
             before, self.acc.interrupts = self.acc.interrupts, 0
-            yield from self._apf.page_fault(entry.cr2)
+            yield from self.apf.page_fault(entry.cr2)
             self.acc.interrupts = before
         elif entry.inject == Inject.MACHINE_CHECK and self.queue.current >= 0 and not self.halting:
             task = self.queue.current
@@ -643,6 +709,19 @@ class GuestCpu(Machine):
             entry = yield from self.exit(ExitReason.NESTED, fault=self._fault())
             self._must_not_inject(entry)
 
+    def clear_page(self, gpa: int) -> Path:
+        """Fill a page of guest memory with zeros, as restartable as `access32`."""
+        while True:
+            ask = self.new_ask()
+            self.emit(ClearPage(ask.ask_id, gpa))
+            got = yield ask
+            if got.ok:
+                return
+            self.acc.add(VC_NESTED)
+            self.acc.add(VC_KERNEL_NESTED)
+            entry = yield from self.exit(ExitReason.NESTED, fault=self._fault())
+            self._must_not_inject(entry)
+
     def _fault(self) -> tuple[int, int, int]:
         load = self.page.load
         return load(VP_X_GPA), load(VP_X_GVA), load(VP_X_FLAGS)
@@ -668,6 +747,10 @@ class GuestCpu(Machine):
         self.queue.charge(ns)
 
     # ---- small things ---------------------------------------------------------------------------------------------------------
+    def relax(self) -> Ask:
+        """Let others run; yield what this returns."""
+        return self._relax()
+
     def _relax(self) -> Ask:
         ask = self.new_ask()
         self.emit(Relax(ask.ask_id))

@@ -321,3 +321,25 @@ def kernel_access32(m: Vcpu, gpa: int, write: bool, value: int) -> tuple[int, in
     if status != OK:
         return RUN_NESTED, u64(0)
     return OK, word
+
+
+@kernel
+def kernel_clear_page(m: Vcpu, gpa: int) -> bool:
+    """Fill a page with zeros through the translation that `kernel_access32` has just left in the TLB.
+
+    Args:
+        m: the vCPU's arrays.
+        gpa: of the page, bytes, page-aligned.
+
+    Returns:
+        False when the translation has been flushed meanwhile: write to the page again, then call again.
+    """
+    gva = kernel_gva(u64(gpa))
+    generation = enter_guest(m)
+    frame = tlb_lookup(m.tlb, gva, u64(WRITE))
+    if frame >= 0:
+        base = u64(frame) * u64(512)
+        for i in range(512):
+            m.frames[base + u64(i)] = u64(0)
+    leave_guest(m, generation)
+    return frame >= 0

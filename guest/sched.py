@@ -12,7 +12,8 @@ Rules (those of a fair scheduler as guests of the published benchmark had)
   applied whenever the queue is scanned: a task that waited all along is above it anyway.
 * ``min_vruntime`` never falls.
 
-Not handled here: which task may be preempted now (guest/machine.py), migration between CPUs, priorities.
+Not handled here: which task may be preempted now (guest/machine.py), priorities. Tasks change their CPU only when theirs goes offline
+(guest/hotplug.py); the floor then makes their virtual runtime one of the new queue.
 """
 
 from __future__ import annotations
@@ -184,6 +185,13 @@ class RunQueue:
         self._ran_ns = 0
         self.need_resched = False
         return self.current
+
+    def forget(self) -> None:
+        """The CPU was reset: nobody is current, and what is known of the queue is void."""
+        self.current = NOBODY
+        self._known = False
+        self._ran_ns = 0
+        self.need_resched = False
 
     def charge(self, ns: int) -> None:
         """The current task, if any, used ``ns`` of guest time (executing, or held in the host: it cannot tell)."""

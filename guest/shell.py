@@ -2,7 +2,8 @@
 
     run a task     get a run token, wait if the pace says so, stay in guest mode (`vcpu_run`)
     take an exit   give the token up, send EXIT, wait for ENTRY
-    access         one access of kernel code to guest memory, in guest mode
+    access         one access of kernel code to guest memory, in guest mode; a page is cleared in the same way
+    load kernel    put the guest kernel's segment and the shadow back to what they were at power-on
     relax          let other vCPUs run
     power down     send EXIT(DONE), wait for BYE
 
@@ -30,11 +31,14 @@ import numpy as np
 import zmq
 
 from guest.accounting import Accounting
+from guest.boot import TraceShape, init_kernel, plan_tasks
 from guest.events import (
     Access32,
     Accessed,
+    ClearPage,
     CpuConfig,
     Entered,
+    LoadKernel,
     PowerDown,
     PowerOn,
     Ran,
@@ -44,10 +48,10 @@ from guest.events import (
     TakeExit,
 )
 from guest.machine import GuestCpu
-from guest.mmu import OK, Vcpu, make_vcpu
+from guest.mmu import OK, U64, Vcpu, flush, make_vcpu
 from guest.pacing import Pacing
 from guest.registers import Registers
-from guest.run import kernel_access32, vcpu_run
+from guest.run import kernel_access32, kernel_clear_page, vcpu_run
 from guest.warm import warm_guest
 from proto import link, wire
 from proto.layout import (
@@ -70,7 +74,7 @@ from proto.port import ArrayPort
 from proto.profile import PROFILES
 from proto.run import PROC_VCPU, RunContext
 from proto.stats import vcpu_block
-from proto.topology import Topology
+from proto.topology import PAGES_PER_MIB, Topology
 from proto.trace import Kind
 from proto.units import WORDS_PER_PAGE
 from proto.wire import Entry, Exit, ExitReason, Held, Inject, Nack, WireError
@@ -166,10 +170,24 @@ def vcpu_arrays(ctx: RunContext, cpu: int) -> list[Vcpu]:
     return replaying or [vcpu]
 
 
+def kernel_image(ctx: RunContext, vm: int) -> U64:
+    """The guest kernel segment of a VM as it is at power-on, u64."""
+    table = ctx.topology.vm[vm]
+    plan = plan_tasks(table)
+    shapes = {trace.path: TraceShape(trace.pages, trace.accesses) for trace in ctx.traces}
+    image = np.zeros(len(ctx.segments[f"kernel-{vm}"].u64), np.uint64)
+    traces = [shapes[name] for name in plan.traces]
+    # Guests of one run do not make the same choices.
+    seed = ctx.topology.run.seed + vm
+    init_kernel(image, plan.tasks, table.vcpus, table.memory_mib * PAGES_PER_MIB, seed, traces)
+    return image
+
+
 class VcpuShell:
     """See the module docstring."""
 
     def __init__(self, ctx: RunContext, cpu: int) -> None:
+        self.ctx = ctx
         self.cpu = cpu
         self.vm, vcpu_id = ctx.vm_of_cpu(cpu)
         self.arrays = vcpu_arrays(ctx, cpu)
@@ -183,7 +201,7 @@ class VcpuShell:
         self._doorbell = ArrayPort(m.vp)
         self.trace = ctx.trace(f"vcpu-{cpu}", PROC_VCPU + cpu)
         self.acc = Accounting(m.vp, vcpu_block(ctx.segments["stats"].u64, cpu), self.trace, self.vm, vcpu_id)
-        self.machine = GuestCpu(config, m.kern, m.vp, m.control, self.acc)
+        self.machine = GuestCpu(config, m.kern, m.vp, m.control, self.acc, vmc=m.vmc)
         self._waits_for_image = bool(ctx.image)
         usable = len(os.sched_getaffinity(0))
         crowd = ctx.topology.total_vcpus // ctx.topology.pcpus(usable)
@@ -223,6 +241,8 @@ class VcpuShell:
             RunTask: self._run_task,
             TakeExit: self._take_exit,
             Access32: self._access32,
+            ClearPage: self._clear_page,
+            LoadKernel: self._load_kernel,
             Relax: self._relax,
             PowerDown: self._power_down,
         }
@@ -259,7 +279,9 @@ class VcpuShell:
         self.trace.observe(message.lamport)
         words = message.words["word"].tolist()
         m = self.arrays[0]
-        self.machine = GuestCpu(self._config, m.kern, m.vp, m.control, self.acc, Registers.from_words(words))
+        self.machine = GuestCpu(
+            self._config, m.kern, m.vp, m.control, self.acc, Registers.from_words(words), m.vmc
+        )
 
     def _hand_over(self, message: wire.Save) -> None:
         """The host saves this CPU, which waits for an entry that will not come."""
@@ -293,6 +315,21 @@ class VcpuShell:
         self._get_token()
         status, value = kernel_access32(self.arrays[0], request.gpa, request.write, request.value)
         return Accessed(request.ask, status == OK, int(value))
+
+    def _clear_page(self, request: ClearPage) -> Accessed:
+        self._get_token()
+        while True:
+            status, _ = kernel_access32(self.arrays[0], request.gpa, True, 0)
+            if status != OK:
+                return Accessed(request.ask, False, 0)
+            if kernel_clear_page(self.arrays[0], request.gpa):
+                return Accessed(request.ask, True, 0)
+
+    def _load_kernel(self, request: LoadKernel) -> Relaxed:
+        m = self.arrays[0]
+        m.kern[:] = kernel_image(self.ctx, self.vm)
+        m.shadow[:] = 0
+        return Relaxed(request.ask)
 
     def _relax(self, request: Relax) -> Relaxed:
         self._release_token()
@@ -360,6 +397,8 @@ class VcpuShell:
         entry = self._await_entry(record)
         self._woken = True
         self._excused_ns += entry.held_ns
+        if entry.inject == Inject.RESET:
+            flush(self.arrays[0])
         if record.reason == ExitReason.KICK:
             self._resync_doorbell()
         self._kicks = 0
@@ -376,7 +415,7 @@ class VcpuShell:
             if type(message) is Entry:
                 if (
                     message.seq == record.seq
-                    and message.inject <= Inject.GP
+                    and message.inject <= Inject.RESET
                     and message.held_kind <= Held.IDLE
                 ):
                     return message

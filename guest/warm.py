@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from guest.boot import TaskSpec, init_kernel
-from guest.mmu import make_vcpu
-from guest.run import kernel_access32, vcpu_run
+from guest.mmu import flush, make_vcpu
+from guest.run import kernel_access32, kernel_clear_page, vcpu_run
 from guest.sched import RunQueue
 from guest.syscalls import release_locks
 from proto import pcpu
@@ -36,6 +36,8 @@ def warm_guest() -> None:
     )
     vcpu_run(vcpu, 0, 1)
     kernel_access32(vcpu, 0, False, 0)
+    kernel_clear_page(vcpu, 0)
+    flush(vcpu)
     queue = RunQueue(kern, 2, 1, 0, 1, 1)
     queue.scan()
     queue.open_barrier()

@@ -90,6 +90,8 @@ class VcpuMachine(Machine):
         self.mp_halted = False
         self.mp_init = False
         """Was reset and waits for its start-up (KVM_MP_STATE_INIT_RECEIVED)."""
+        self._startup_due = False
+        """A start-up came while the reset before it still waits for the vCPU to leave guest mode: both are taken then."""
         self._restart = False
         """The next entry begins at the guest's beginning."""
         self.exception: tuple[Inject, int] | None = None
@@ -313,7 +315,7 @@ class VcpuMachine(Machine):
         self.lapic.reset()
         self.x86.reset()
         self.last_exit = self.last_exit._replace(cpl=0, if_=0, shadow=0, pending=0, cr0_pg=0, timer_ns=0)
-        self.mp_init = True
+        self.mp_init, self._startup_due = not self._startup_due, False
         self._restart = True
         self._trace(Kind.RESET)
         self.emit(WasReset(self.cpu))
@@ -455,14 +457,18 @@ class VcpuMachine(Machine):
             self.emit(WasReset(self.cpu))
             return None
         self.requests |= REQ_RESET
+        # As in KVM, INIT drops a start-up that has not been taken.
+        self._startup_due = False
         self.kick(REQ_RESET)
         return self._wake()
 
     def _startup(self, _: Startup) -> Path | None:
-        if not self.mp_init:
-            return None
-        self.mp_init = False
-        return self._wake()
+        if self.requests & REQ_RESET:
+            self._startup_due = True
+        elif self.mp_init:
+            self.mp_init = False
+            return self._wake()
+        return None
 
     def _wake(self) -> Path:
         """Somebody made it runnable: a blocked vCPU goes back to its run loop, any other will see it at its next entry."""

@@ -110,6 +110,13 @@ class Kind(IntEnum):
     IPI = 75
     G_HLT = 76
     G_MACHINE_CHECK = 77
+    CPU_OFFLINE = 78
+    """Async PF is disabled on this CPU, its sleepers are awake, its tasks are elsewhere."""
+    CPU_ONLINE = 79
+    """A CPU that came back, or that another one started, has booted."""
+    G_REBOOT = 80
+    """Async PF is disabled on every CPU; the machine is reset next. Nobody is woken."""
+    TASK_MOVED = 81
     G_TABLE = 90
     """The sleeper table is worked on: 0 wait, 1 wake, 2 wake-all; interrupts: the interrupt flag."""
 
@@ -186,6 +193,10 @@ FIELDS: Final[dict[Kind, tuple[str, ...]]] = {
     Kind.IPI: ("to_vcpu", "vector", "value"),
     Kind.G_HLT: (),
     Kind.G_MACHINE_CHECK: ("task", "gva"),
+    Kind.CPU_OFFLINE: ("tasks_moved",),
+    Kind.CPU_ONLINE: (),
+    Kind.G_REBOOT: ("boots",),
+    Kind.TASK_MOVED: ("task", "to_vcpu"),
     Kind.G_TABLE: ("operation", "interrupts"),
     Kind.SWAP_IN: ("hvp", "slot", "frame"),
     Kind.SWAP_IN_DONE: ("hvp", "slot", "frame"),

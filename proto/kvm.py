@@ -35,6 +35,8 @@ REASON_NOT_PRESENT: Final = 1
 REASON_READY: Final = 2
 
 VECTOR_TIMER: Final = 0xEC
+VECTOR_CALL: Final = 0xFB
+"""Another CPU wants something done here (Linux: CALL_FUNCTION_VECTOR)."""
 VECTOR_PAGE_READY: Final = 0xF3
 """The vector Linux uses; spec §0.6 calls the number unconfirmed, the recorded kernels use it."""
 VECTOR_RESCHEDULE: Final = 0xFD

@@ -30,6 +30,10 @@ CTL_ABORT: Final = 16
 # ---- control segment, page 1 + v: VM v (VMC_*), written by the host ---------------------------------------------------------------
 VMC_FLUSH_GEN: Final = 0
 """Flush generation: bumped (seq_cst) after nested entries were cleared."""
+VMC_OFFLINE: Final = 8
+"""16 words: bitmap of the CPUs that the run wants offline (1024 bits)."""
+VMC_REBOOTS: Final = 24
+"""How many reboots the run has asked for."""
 
 # ---- vCPU page ----------------------------------------------------------------------------------------------------------------------
 VP_STATE: Final = 0
@@ -132,18 +136,32 @@ K_MEMORY_PAGES: Final = 2
 K_SEED: Final = 3
 K_BARRIER_TASKS: Final = 4
 """Tasks that stop at the start barrier (all of them, see guest/programs.py); the host opens it when K_AT_BARRIER gets there."""
+K_BOOTS: Final = 5
+"""Reboots so far. After one the allocator starts again, so a new page may hold anything and is cleared in full."""
 K_ALLOC_NEXT: Final = 8
-"""Next free gfn of the guest's page allocator (atomic add); gfns are never recycled."""
+"""Next free gfn of the guest's page allocator (atomic add); between two boots a gfn is never recycled."""
 K_ALLOC_FAILED: Final = 9
+K_POWER: Final = 10
+"""What becomes of the machine, where CPUs may go and come (cmpxchg): POWER_*."""
+POWER_ON: Final = 0
+POWER_REBOOT: Final = 1
+POWER_OFF: Final = 2
+"""All tasks are finished: every CPU powers down."""
+K_HOTPLUG: Final = 11
+"""Lock: one CPU goes offline at a time (cpu + 1)."""
 K_AT_BARRIER: Final = 16
 """Tasks waiting at the start barrier (atomic add)."""
 K_DONE: Final = 24
 """Tasks finished or killed (atomic add)."""
 K_ONLINE: Final = 32
 """16 words: bitmap of online CPUs (1024 bits)."""
+K_DEAD: Final = 48
+"""16 words: bitmap of CPUs that are offline and wait, halted, to be started again."""
 K_LOCKS: Final = 64
 """64 spin-lock words for the guest's own locks, one per cache line (used by the syscalls workload)."""
 K_LOCK_COUNT: Final = 16
+K_QUIET: Final = 192
+"""16 words: bitmap of CPUs that have disabled async PF for the reboot under way."""
 K_BUCKETS: Final = 256
 """Sleeper hash: 256 buckets of BUCKET_WORDS (lock word, head = node index + 1)."""
 BUCKETS: Final = 256
@@ -234,6 +252,8 @@ T_GROUP: Final = 43
 T_WAKE_NS: Final = 44
 T_TRACE: Final = 45
 """Replay: which of the VM's traces (their order is that of guest.boot.Plan.traces)."""
+T_HOME: Final = 46
+"""The CPU that the task was placed on. It goes back there when that CPU has been offline and returns."""
 
 # programs (T_PROGRAM); T_PC 0 is always the first step, PC_BARRIER steps wait for the start barrier
 P_BM_MAIN: Final = 1

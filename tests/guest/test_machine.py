@@ -96,7 +96,7 @@ def test_last_task_done_powers_down() -> None:
 def test_cpu_without_tasks_powers_down() -> None:
     world = World(config("sync", vcpus=2), [works, works], Segments(2, 2, lambda _: 1))
     world.run()
-    assert reasons(world) == [ExitReason.BOOT, ExitReason.WRMSR]
+    assert reasons(world) == [ExitReason.BOOT, ExitReason.CR0, ExitReason.WRMSR]
 
 
 def test_abort_powers_down_without_a_record() -> None:

@@ -141,6 +141,19 @@ def test_one_cpu_stops_and_starts_another() -> None:
     assert bench.entries[0].inject == Inject.NONE
 
 
+def test_a_start_up_that_overtakes_the_reset_is_kept() -> None:
+    """Both arrive while the vCPU executes."""
+    bench = swapped()
+    bench.exit()
+    reset(bench)
+    start(bench)
+    assert bench.entries[0].inject == Inject.NONE
+    bench.exit()
+    assert bench.entries[0].inject == Inject.RESET
+    bench.exit()
+    assert bench.entries[0].inject == Inject.NONE, "once"
+
+
 def test_a_machine_is_reset_as_a_whole() -> None:
     """The first CPU starts when all others have stopped, and only it."""
     bench = swapped(vcpus=3)
