@@ -256,6 +256,9 @@ class GuestCpu(Machine):
             yield from self._boot()
         if not first:
             yield from self.hotplug.booted_again()
+        yield from self._run_until_off()
+
+    def _run_until_off(self) -> Path:
         queue = self.queue
         while True:
             self._look_at_control()

@@ -75,6 +75,7 @@ from proto.profile import PROFILES
 from proto.run import PROC_VCPU, RunContext
 from proto.stats import vcpu_block
 from proto.topology import PAGES_PER_MIB, Topology
+from proto.topology_keys import GUEST_EVENTS
 from proto.trace import Kind
 from proto.units import WORDS_PER_PAGE
 from proto.wire import Entry, Exit, ExitReason, Held, Inject, Nack, WireError
@@ -137,6 +138,7 @@ def cpu_config(topology: Topology, vm: int, vcpu_id: int, tasks: int) -> CpuConf
         exception_cost_ns=table.exception_cost_ns,
         switch_cost_ns=table.switch_cost_ns,
         interrupt_cost_ns=table.interrupt_cost_ns,
+        hotplug=any(event.vm == vm and event.do in GUEST_EVENTS for event in topology.event),
     )
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from host.slots import Memslot
+from host.slots import Memslot, Region
 from host.vm import Limits
 from proto.stats import HostCounter, HostHist, StatsBlock
-from proto.topology import Topology
+from proto.topology import PAGES_PER_MIB, Topology
 from proto.trace import Kind, TraceWriter
 
 
@@ -37,15 +37,28 @@ class ShellObserver:
         self.writer.event(kind, vcpu, vm, token, a, b, c)
 
 
-def memslots(topology: Topology) -> list[Memslot]:
-    """One memslot per VM, host virtual pages one VM after the other."""
-    slots = []
+def spare_pages(topology: Topology, vm: int) -> int:
+    """Host pages that a guest has beside those its memory is on: room for each move of a memslot."""
+    return sum(event.pages for event in topology.event if event.do == "slot_move" and event.vm == vm)
+
+
+def regions(topology: Topology) -> list[Region]:
+    """The host memory of each VM, one VM after the other: what its memslot maps, then its spare pages."""
+    found = []
     base = 0
     for v, vm in enumerate(topology.vm):
-        pages = vm.memory_mib * 256
-        slots.append(Memslot(v, 0, pages, base))
+        pages = vm.memory_mib * PAGES_PER_MIB + spare_pages(topology, v)
+        found.append(Region(v, base, pages))
         base += pages
-    return slots
+    return found
+
+
+def memslots(topology: Topology) -> list[Memslot]:
+    """One memslot per VM, from the first page of its host memory on."""
+    return [
+        Memslot(region.vm, 0, topology.vm[region.vm].memory_mib * PAGES_PER_MIB, region.first_hvp)
+        for region in regions(topology)
+    ]
 
 
 def water_marks(topology: Topology) -> Limits:

@@ -25,7 +25,8 @@ from host import events as ev
 from host.image import Restoring, Saving
 from host.machine_reset import MachineReset, from_command
 from host.memory import HostMemory, VmMemory
-from host.setup import ShellObserver, memslots, water_marks
+from host.schedule import Guest, Schedule
+from host.setup import ShellObserver, memslots, regions, water_marks
 from host.swap import SwapMachine, op_of
 from host.vcpu import VcpuMachine, Where
 from host.vm import VmMachine
@@ -48,6 +49,8 @@ from proto.wire import OP_READ, OP_WRITE, Message, Nack, WireError
 DRAIN_MAX: Final = 64
 """Messages taken before the effects go out: bounds how long an answer may wait for its batch."""
 GRACE_POLL_MS: Final = 1
+EVENT_POLL_MS: Final = 5
+"""How often it is looked whether a guest has done what the schedule wants of it."""
 IDLE_POLL_MS: Final = 200
 GAUGES_EVERY_NS: Final = 50_000_000
 PING_EVERY_NS: Final = 500_000_000
@@ -108,6 +111,7 @@ class HostShell:
         self.io: dict[int, list[ev.SendIo]] = {}
         self.at_barrier: dict[int, int] = {}
         self.powered_down = 0
+        self.start_ns = 0
         self.stop_at_ns = 0
         self.started = False
         self.stopped = False
@@ -173,7 +177,9 @@ class HostShell:
             for v, vm in enumerate(topology.vm)
         ]
         self.memory = HostMemory(segments["frames"].u64, self.vcpu_pages, vms)
-        self.vm = VmMachine(self.memory, memslots(topology), water_marks(topology), self.obs)
+        self.vm = VmMachine(
+            self.memory, memslots(topology), water_marks(topology), self.obs, regions(topology)
+        )
         self.swap = SwapMachine([f.slots for f in self.ctx.swap_files], self.obs)
         profile = PROFILES[topology.run.profile]
         host_async = topology.run.mode != "sync"
@@ -185,6 +191,12 @@ class HostShell:
         self.resets = MachineReset(
             [[c for c in cpus if self.ctx.vm_of_cpu(c)[0] == v] for v in range(len(vms))]
         )
+        guests = [
+            Guest(vm.vmc, segments[f"kernel-{v}"].u64, slot.base_hvp + slot.pages)
+            for v, (vm, slot) in enumerate(zip(vms, memslots(topology), strict=True))
+        ]
+        self.schedule = Schedule(topology.event, guests, self.vm.slots, self.resets)
+        self.obs.gauge(HostCounter.EVENTS_SCHEDULED, len(topology.event))
         self.daemons = [Daemon(d.transport == "tcp") for d in topology.swapd]
 
     def _sockets(self) -> None:
@@ -224,6 +236,10 @@ class HostShell:
             due = min(due, self.timers[0][0])
         if self.started and not self.stopped:
             due = min(due, self.stop_at_ns)
+            if self.schedule.open:
+                due = min(due, now + EVENT_POLL_MS * 1_000_000)
+            elif (next_ns := self.schedule.next_ns()) is not None:
+                due = min(due, self.start_ns + next_ns)
         return max(0, -(-(due - now) // 1_000_000))
 
     def _drain(self) -> None:
@@ -242,8 +258,10 @@ class HostShell:
         while self.timers and self.timers[0][0] <= now:
             _, cpu, generation = heapq.heappop(self.timers)
             self._feed(self.vcpus[cpu], ev.TimerDue(cpu, generation))
-        if self.started and not self.stopped and now >= self.stop_at_ns:
-            self._stop("time")
+        if self.started and not self.stopped:
+            self._scheduled(now)
+            if now >= self.stop_at_ns:
+                self._stop("time")
         if now >= self.next_gauge_ns:
             self.next_gauge_ns = now + GAUGES_EVERY_NS
             self.obs.gauge(HostCounter.FRAMES_FREE, self.vm.free_count)
@@ -255,6 +273,16 @@ class HostShell:
             self._heartbeat(now)
             if self.swap.outstanding:
                 self._feed(self.swap, ev.LookAtRequests())
+
+    def _scheduled(self, now: int) -> None:
+        """Begin what the topology wants now, count what has come to its end."""
+        for action in self.schedule.step(now - self.start_ns):
+            if action.memslots is not None:
+                self._feed(self.vm, action.memslots)
+            else:
+                self._poke_all(action.vm)
+        self.obs.gauge(HostCounter.EVENTS_DONE, self.schedule.done)
+        self.obs.gauge(HostCounter.REBOOTS, sum(self.resets.done))
 
     def _feed(self, machine: Any, event: Any) -> None:
         self.routed.append((machine, event))
@@ -540,6 +568,7 @@ class HostShell:
     def start_clock(self, start_ns: int) -> None:
         """The measured time runs, and began at ``start_ns``; so do the daemons' models."""
         self.started = True
+        self.start_ns = start_ns
         self.stop_at_ns = start_ns + int(self.topology.run.seconds * 1e9)
         for daemon in self.daemons:
             if daemon.up:
@@ -603,9 +632,10 @@ class HostShell:
         atomics.py_store(self.control, CTL_STOP, np.uint64(1))
         self._poke_all()
 
-    def _poke_all(self) -> None:
+    def _poke_all(self, vm: int = -1) -> None:
+        """News in shared memory for the vCPUs of one VM, or of all."""
         for machine in self.vcpus:
-            if machine.where is not Where.OFF:
+            if vm in (-1, machine.vm) and machine.where is not Where.OFF:
                 self._feed(machine, ev.Poke(machine.cpu))
 
     def _powered_down(self, effect: ev.PoweredDown) -> None:

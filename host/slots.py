@@ -136,6 +136,28 @@ class Slots:
         self.ranges = tuple(ranges)
 
 
+def moved(
+    slots: Iterable[Memslot], vm: int, page: int, pages: int, to_hvp: int
+) -> tuple[list[Memslot], list[tuple[int, int, int]]]:
+    """(layout, moves) that put the guest frames [page, page + pages) on host pages from ``to_hvp`` on. Frames without a slot get none."""
+    layout: list[Memslot] = []
+    moves: list[tuple[int, int, int]] = []
+    for slot in slots:
+        layout += outside(slot, page, pages)
+        first, end = max(slot.base_gfn, page), min(slot.base_gfn + slot.pages, page + pages)
+        if first < end:
+            to = to_hvp + first - page
+            layout.append(Memslot(vm, first, end - first, to))
+            moves.append((slot.base_hvp + first - slot.base_gfn, to, end - first))
+    return layout, moves
+
+
+def cut_out(slots: Iterable[Memslot], page: int, pages: int) -> tuple[list[Memslot], list[Memslot]]:
+    """(what is left, what is taken out) without the guest frames [page, page + pages)."""
+    left = [part for slot in slots for part in outside(slot, page, pages)]
+    return left, without(slots, left)
+
+
 def without(slots: Iterable[Memslot], others: Iterable[Memslot]) -> list[Memslot]:
     """The parts of ``slots`` whose guest frames ``others`` do not map to the same host pages."""
     left = list(slots)

@@ -281,7 +281,8 @@ class VcpuMachine(Machine):
     def _completions(self) -> Path:
         x86 = self.x86
         if x86.profile.ready_by_interrupt or not x86.enabled:
-            if self.requests & REQ_APF_READY:
+            # Without a request mode E looks, too: v3 switches it off and keeps what was done (BZ-28), which must not keep HLT from halting.
+            if self.requests & REQ_APF_READY or (x86.apf.done and not x86.profile.ready_by_interrupt):
                 self.requests &= ~REQ_APF_READY
                 yield "run.ready"
                 yield from x86.apf.check_completion()

@@ -59,11 +59,12 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A key that holds a table of type `cls`, or (`many`) a list of at least one such table."""
+    """A key that holds a table of type `cls`, or (`many`) a list of such tables: at least one, unless `none` is allowed."""
 
     meaning: str
     cls: type
     many: bool
+    none: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,11 @@ def table(cls: type[_T], meaning: str) -> _T:
 def tables(cls: type[_T], meaning: str) -> tuple[_T, ...]:
     """A dataclass field holding a list of tables; absent in the input means one table of all defaults."""
     return field(default_factory=lambda: (cls(),), metadata={_META: Section(meaning, cls, many=True)})
+
+
+def optional_tables(cls: type[_T], meaning: str) -> tuple[_T, ...]:
+    """A dataclass field holding a list of tables; absent in the input means none."""
+    return field(default_factory=tuple, metadata={_META: Section(meaning, cls, many=True, none=True)})
 
 
 def members(cls: type) -> dict[str, Member]:
@@ -206,7 +212,7 @@ def refuse(message: str, source: Source, path: str, found: object, allowed: str)
 def _build_list(section: Section, value: object, source: Source, path: str) -> tuple[Any, ...]:
     if not isinstance(value, list | tuple):
         refuse("must be a list of tables", source, path, value, f"one or more [[{path}]]")
-    if not value:
+    if not value and not section.none:
         refuse("must have at least one entry", source, path, value, f"one or more [[{path}]]")
     return tuple(build(section.cls, item, source, f"{path}[{i}]") for i, item in enumerate(value))
 

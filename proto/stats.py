@@ -113,6 +113,11 @@ class HostCounter(IntEnum):
     DAEMON_WRITES = 37
     FRAME_WAITS = 38
     """Faults that had to wait for a free frame."""
+    EVENTS_SCHEDULED = 48
+    """`[[event]]` tables of the topology."""
+    EVENTS_DONE = 49
+    REBOOTS = 50
+    """Resets of a whole machine that were complete."""
 
 
 @unique

@@ -27,12 +27,14 @@ from typing import Any
 from proto.errors import UserError
 from proto.layout import ALLOC_FIRST_GFN
 from proto.overrides import override
-from proto.schema import Source, build, refuse, table, tables, to_plain
+from proto.schema import Source, build, optional_tables, refuse, table, tables, to_plain
+from proto.topology_events import check_events
 from proto.topology_keys import (
     ALLOWANCE_SPARE_PAGES,
     PAIRS,
     PCPUS_AUTO_MAX,
     SWAP_PER_GUEST,
+    Event,
     Host,
     Run,
     Swapd,
@@ -44,6 +46,7 @@ from proto.units import ASYNC_PF_PER_VCPU, MAX_VCPUS, PAGE_SIZE
 
 __all__ = [
     "PAIRS",
+    "Event",
     "Host",
     "Run",
     "Swapd",
@@ -73,6 +76,7 @@ class Topology:
     host: Host = table(Host, "The machine that runs the guests.")
     vm: tuple[Vm, ...] = tables(Vm, "Guests.")
     swapd: tuple[Swapd, ...] = tables(Swapd, "Swap daemons.")
+    event: tuple[Event, ...] = optional_tables(Event, "What happens to guests while they run.")
     file: str = ""
 
     @property
@@ -206,6 +210,7 @@ def _complete(raw: dict[str, Any], source: Source, file: str, *, check_files: bo
     topology = dataclasses.replace(topology, run=run, vm=vms, file=absolute)
     _check_vms(topology, source)
     _check_host(topology, source)
+    check_events(topology.run, topology.vm, topology.event, [pages_needed(vm) for vm in topology.vm], source)
     if check_files:
         _check_files(topology, source)
     return topology
@@ -226,7 +231,7 @@ def _check_vms(topology: Topology, source: Source) -> None:
         names.add(vm.name)
         for j, task in enumerate(vm.task):
             _check_task(vm, task, source, f"vm[{i}].task[{j}]")
-        needed = ALLOC_FIRST_GFN + sum(_task_pages(task) for task in vm.task)
+        needed = pages_needed(vm)
         if needed > vm.memory_mib * PAGES_PER_MIB:
             refuse(
                 f"tasks and their page tables need {-(-needed // PAGES_PER_MIB)} MiB, the guest has less",
@@ -244,6 +249,11 @@ def _check_task(vm: Vm, task: Task, source: Source, at: str) -> None:
         refuse("no threads at all", source, f"{at}.fault_threads", 0, "fault_threads or work_threads above 0")
     if task.workload == "replay" and not task.trace:
         refuse("replay needs a trace", source, f"{at}.trace", task.trace, "path of a recorded trace")
+
+
+def pages_needed(vm: Vm) -> int:
+    """Guest pages that the kernel and the tasks of a guest may use, page tables included; those of traces are not known here."""
+    return ALLOC_FIRST_GFN + sum(_task_pages(task) for task in vm.task)
 
 
 def _task_pages(task: Task) -> int:

@@ -213,6 +213,42 @@ class Vm:
     task: tuple[Task, ...] = tables(Task, "Tasks of this guest.")
 
 
+CPU_EVENTS = ("offline", "online")
+SLOT_EVENTS = ("slot_move", "slot_delete", "slot_add")
+GUEST_EVENTS = (*CPU_EVENTS, "reboot")
+"""Those that the guest's kernel carries out."""
+EVENTS = (*GUEST_EVENTS, *SLOT_EVENTS)
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happens to a guest while it runs."""
+
+    at: float = key(
+        1.0,
+        "When, counted from the start barrier; not before the guest's event before it is done.",
+        unit="s",
+        low=0,
+        high=86_400,
+    )
+    do: str = key("", "What happens; required.", choices=EVENTS)
+    vm: int = key(0, "The guest, counted from 0.", low=0, high=MAX_VCPUS - 1)
+    vcpu: int = key(
+        1, "The vCPU; the first one, 0, stays.", low=1, high=MAX_VCPUS - 1, only=_only("do", *CPU_EVENTS)
+    )
+    page: int = key(
+        0,
+        "First page of guest memory (gfn).",
+        unit="pages",
+        low=0,
+        high=MIB_MAX * 256,
+        only=_only("do", *SLOT_EVENTS),
+    )
+    pages: int = key(
+        1, "How many pages.", unit="pages", low=1, high=MIB_MAX * 256, only=_only("do", *SLOT_EVENTS)
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Swapd:
     """One swap daemon."""

@@ -10,7 +10,7 @@ Not handled here: writing the file, which is `python -m proto.topology > docs/to
 from __future__ import annotations
 
 from proto.schema import markdown_table
-from proto.topology_keys import ALLOWANCE_SPARE_PAGES, PAIRS, Host, Run, Swapd, Task, Vm
+from proto.topology_keys import ALLOWANCE_SPARE_PAGES, PAIRS, Event, Host, Run, Swapd, Task, Vm
 from proto.units import ASYNC_PF_PER_VCPU
 
 _PAGE_HEAD = """\
@@ -74,6 +74,7 @@ def reference_page() -> str:
         ("`[[vm]]`, one for each guest", Vm, _VM_NOTE),
         ("`[[vm.task]]`, one or more in each guest", Task, _TASK_NOTE),
         ("`[[swapd]]`, one for each swap daemon", Swapd, _SWAPD_NOTE),
+        ("`[[event]]`, what happens while the guests run", Event, _EVENT_NOTE),
     ):
         parts.append(f"\n## {title}\n\n{markdown_table(cls)}{note}")
     return "".join(parts)
@@ -99,4 +100,20 @@ the other workloads only the checksum of each page at swap-in is checked.
 _SWAPD_NOTE = """
 A topology without a `[[swapd]]` gets one with the defaults. A model delays the completion of the real read
 and never replaces it.
+"""
+_EVENT_NOTE = """
+A topology without an `[[event]]` has none. Events of one guest happen one after the other: each waits for the one before it, also
+when that took longer than planned. The summary says how many were done (`events`).
+
+| `do` | what happens |
+|---|---|
+| `offline` | The vCPU's guest CPU disables async PF, wakes its sleepers, gives its tasks to other CPUs and halts. |
+| `online` | It is started again; tasks that were placed on it go back. |
+| `reboot` | The guest disables async PF on every CPU and resets its machine. Every task begins again: what it did before is \
+counted, but it checks and fills its memory anew, and a fixed amount of work (`ops`) is done once more. |
+| `slot_move` | The host puts this part of guest memory elsewhere in its own, as with mremap; the guest sees the same contents. |
+| `slot_delete` | This part is taken out of the guest. Only memory that no task can have may go. |
+| `slot_add` | What a `slot_delete` took comes back, with its contents. |
+
+The first vCPU never goes offline: it carries out what concerns the whole guest.
 """

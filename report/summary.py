@@ -104,6 +104,11 @@ SWAP: Final = {
     "zero_out": HostCounter.ZERO_OUT,
     "frame_waits": HostCounter.FRAME_WAITS,
 }
+EVENTS: Final = {
+    "scheduled": HostCounter.EVENTS_SCHEDULED,
+    "done": HostCounter.EVENTS_DONE,
+    "reboots": HostCounter.REBOOTS,
+}
 TOTALS: Final = {
     "nested_faults": HostCounter.NESTED_FAULTS,
     "swap_in_pages": HostCounter.SWAP_IN_PAGES,
@@ -196,6 +201,7 @@ def build(
             name: round(measured.vcpu_total(counter) / NS_PER_S, 6) for name, counter in VCPU_TIMES.items()
         },
         "tasks": tasks,
+        "events": {name: host_end.get(counter) for name, counter in EVENTS.items()},
         "totals": {name: host_end.get(counter) for name, counter in TOTALS.items()},
         "restarts": facts.restarts,
         "uss_mib_per_vcpu": facts.memory["uss"] if facts.memory else None,
@@ -358,6 +364,11 @@ def _warnings(topology: Topology, summary: Mapping[str, Any]) -> list[str]:
         warnings.append(f"the host dropped {totals['bad_messages']} messages that break the contract")
     if summary["integrity"]["checksum_errors"]:
         warnings.append(f"{summary['integrity']['checksum_errors']} pages came back with a wrong checksum")
+    events = summary["events"]
+    if events["done"] < events["scheduled"]:
+        warnings.append(f"only {events['done']} of {events['scheduled']} scheduled events were done")
+    if events["reboots"]:
+        warnings.append(f"guests rebooted {events['reboots']} times, and their tasks began again")
     if totals["io_errors"]:
         warnings.append(f"{totals['io_errors']} reads or writes of swap daemons failed for good")
     warnings += [

@@ -33,6 +33,7 @@ from report.check.msr import on_msr_write
 from report.check.profiles import C_JOINED, C_MODE_I, C_RECORDED
 from report.check.ready_side import on_accept, on_cancel, on_completed, on_ready, on_slot_write
 from report.check.records import broken, is_live
+from report.check.reset import on_reset
 from report.check.state import (
     AT_END,
     F_BROADCAST,
@@ -113,6 +114,7 @@ K_STATE_RESTORE: Final = int(Kind.STATE_RESTORE)
 K_HASH_SET: Final = int(Kind.HASH_SET)
 K_HASH_DROP: Final = int(Kind.HASH_DROP)
 K_MMU: Final = int(Kind.MMU)
+K_RESET: Final = int(Kind.RESET)
 K_G_NP: Final = int(Kind.G_NP)
 K_G_WAIT: Final = int(Kind.G_WAIT)
 K_G_WAKE: Final = int(Kind.G_WAKE)
@@ -227,6 +229,8 @@ def _run_loop_event(s: Tables, row: int, i: int, e: Any, kind: int) -> None:
 def _rare_event(s: Tables, row: int, i: int, e: Any, kind: int) -> None:
     if kind == K_MSR_WR:
         on_msr_write(s, row, i, e)
+    elif kind == K_RESET:
+        on_reset(s, row, i)
     elif kind == K_CANCEL:
         on_cancel(s, row, i, e)
     elif kind == K_SETUP_FAIL:

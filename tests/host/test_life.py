@@ -225,3 +225,17 @@ def test_without_paging_the_guest_is_not_told() -> None:
     bench.exit(0, ExitReason.CR0, cpl=0, if_=0, cr0_pg=1, arg0=0)
     assert bench.touch(GFN, cr0_pg=0) is None
     assert bench.memory.read32(int(bench.vm.frame_of[1]), APF_AREA_GPA & 0xFFF) == 0
+
+
+def test_a_completion_after_v3_was_switched_off_does_not_keep_the_vcpu_from_halting() -> None:
+    """BZ-28 leaves it on the done list, without a request."""
+    bench = swapped(profile="v3")
+    bench.touch(GFN)
+    bench.serve()
+    vcpu = bench.vcpus[0]
+    assert vcpu.x86.apf.done
+    vcpu.requests = 0
+    bench.wrmsr(0, kvm.MSR_ASYNC_PF_EN_V3, 0)
+    assert not vcpu.x86.apf.done
+    bench.exit(0, ExitReason.HLT, cpl=0, if_=0)
+    assert 0 not in bench.entries
