@@ -119,7 +119,7 @@ from proto.layout import (
 from proto.machine import Ask, Machine, MachineError, Path
 from proto.port import ArrayPort, MemoryPort
 from proto.trace import Kind
-from proto.wire import HC_AT_BARRIER, Entry, Exit, ExitReason, Held, Inject
+from proto.wire import HC_AT_BARRIER, Entry, Exit, ExitReason, Held, Inject, unpack_vectors
 
 IRQ_VECTOR: Final = 0xFF
 SPURIOUS: Final = 0xFF
@@ -605,6 +605,9 @@ class GuestCpu(Machine):
         elif entry.held_kind == Held.HALTED and self.vclock_ns < self.gate_ns:
             # The interrupt that waits for this CPU's clock has ended the halt: until then the CPU was halted (I49).
             self._held(Held.HALTED, self.gate_ns - self.vclock_ns)
+        if VECTOR_CALL in unpack_vectors(entry.irr):
+            # Another CPU waits for this one: it is not the emulator's lag that may decide when it is taken.
+            self.gate_ns = 0
         self.irr = entry.irr
         return entry
 

@@ -24,6 +24,10 @@ from proto.units import TOKEN_WAKE_ALL
 CANCEL_ELIDED: Final = 4
 """Why a work item was forgotten (trace field of CANCEL); the other reasons are the architecture's."""
 
+SETUP_LIMIT: Final = 1
+SETUP_NO_MEMORY: Final = 2
+"""Why a set-up failed (trace field of SETUP_FAIL)."""
+
 
 class Work:
     """One asynchronous fault (or the wake-all pseudo completion)."""
@@ -110,6 +114,7 @@ class AsyncPf:
         "_profile",
         "_vcpu_id",
         "_vm",
+        "can_allocate",
         "done",
         "queue",
         "queued",
@@ -127,6 +132,8 @@ class AsyncPf:
         self._emit = emit
         self._obs = observer
         self._next_work = 1
+        self.can_allocate: Callable[[], bool] = lambda: True
+        """Whether an item can be had without sleeping (GFP_NOWAIT, spec §3.2). A world that runs short of memory says so here."""
         self.queue: dict[int, Work] = {}
         self.done: deque[Work] = deque()
         self.queued = 0
@@ -135,7 +142,11 @@ class AsyncPf:
         """Queue one fault and start its worker; returns False when it must be handled synchronously (spec §3.2)."""
         work = work_args
         if self._profile.limit and self.queued >= self._profile.limit:
-            self._trace(Kind.SETUP_FAIL, work, a=1, b=work.gfn, c=self.queued)
+            self._trace(Kind.SETUP_FAIL, work, a=SETUP_LIMIT, b=work.gfn, c=self.queued)
+            self._obs.count(HostCounter.SETUP_FAILED)
+            return False
+        if not self.can_allocate():
+            self._trace(Kind.SETUP_FAIL, work, a=SETUP_NO_MEMORY, b=work.gfn, c=self.queued)
             self._obs.count(HostCounter.SETUP_FAILED)
             return False
         work.id = self._next_work

@@ -179,11 +179,12 @@ class X86:
             self.m.kick(REQ_APF_READY)
 
     def can_dequeue(self) -> Path:
-        """Mode I: LAPIC on and the token word is 0. Mode E: interrupts allowed and no exception queued. Disabled: always."""
+        """Mode I: LAPIC on and the token word is 0. Mode E: interrupts allowed, no exception queued or pending. Disabled: always."""
         if not self.enabled:
             return True
         if not self.profile.ready_by_interrupt:
-            return self.interrupts_allowed() and self.m.exception is None
+            event = self.profile.test_pending_exception and self.m.last_exit.pending
+            return self.interrupts_allowed() and self.m.exception is None and not event
         if not self.m.lapic.enabled:
             return False
         yield "can_dequeue.read"

@@ -25,8 +25,8 @@ from proto.stats import HostCounter
 from proto.topology import PAGES_PER_MIB, Topology
 from sim.events import Event
 from sim.scenario_file import Scenario
-from sim.scenario_guest import FIRST_GFN
 from sim.scenario_run import Outcome, compare, observe
+from sim.scenario_tables import FIRST_GFN
 
 ROLES: Final = {
     "host": "launcher.scenario_real_host:main",
@@ -67,7 +67,7 @@ def topology_of(scenario: Scenario) -> Topology:
     return Topology.from_dict(
         {
             "file": scenario.file,
-            "run": {"name": "scenario", "mode": mode, "profile": scenario.profile},
+            "run": {"name": "scenario", "mode": mode, "profile": scenario.profile, "seconds": 86_400.0},
             "host": {"allowance_mib": memory_mib, "populate_pages": 1},
             # The guest runs its scenario; the task is there because a guest has one.
             "vm": [
@@ -76,6 +76,12 @@ def topology_of(scenario: Scenario) -> Topology:
                     "memory_mib": memory_mib,
                     "task": [{"workload": "uniform", "memory_kib": 4}],
                 }
+            ],
+            "event": [
+                # Room in the host's memory for pages that the script moves; the script says when.
+                {"at": 86_000.0, "do": "slot_move", "pages": 1}
+                for step in scenario.script
+                if step.do == "slot_move"
             ],
             "swapd": [{"allow_tmpfs": True, "restart_limit": 0}],
         }

@@ -23,12 +23,13 @@ from launcher import scenario_real_part as part
 from launcher.scenario_real_log import GuestLog
 from proto import link, wire
 from proto.layout import CTL_ABORT
+from proto.port import ArrayPort
 from proto.profile import PROFILES
 from proto.run import PROC_VCPU, RunContext
 from proto.trace import Kind
 from proto.units import WORDS_PER_PAGE
 from proto.wire import Exit, ExitReason
-from sim.events import Back, EndRun, Event, Leave, Off, PageOut, PowerOn, Said, Spin, Spun
+from sim.events import Back, ChangeSlots, EndRun, Event, Leave, Off, PageOut, PowerOn, Said, Spin, Spun
 from sim.memory import GuestMemory
 from sim.scenario_guest import ScenarioCpu
 from sim.world import HOST_TICK_NS
@@ -55,7 +56,12 @@ class ScenarioShell:
         memory = HostMemory(ctx.segments["frames"].u64, ctx.segments["vcpus"].u64, [])
         vmc = self.control[WORDS_PER_PAGE : 2 * WORDS_PER_PAGE]
         memory.vms = (VmMemory(ctx.segments["npt-0"].u64, vmc, 0, len(scenario.vcpu_ids)),)
-        self.machine = ScenarioCpu(scenario, cpu, GuestMemory(memory, 0, ctx.topology.vm[0].memory_mib * 256))
+        self.machine = ScenarioCpu(
+            scenario,
+            cpu,
+            GuestMemory(memory, 0, ctx.topology.vm[0].memory_mib * 256),
+            ArrayPort(ctx.segments["kernel-0"].u64),
+        )
         self.trace = ctx.trace(f"vcpu-{cpu}", PROC_VCPU + cpu)
         self.log = GuestLog(
             self.trace, self.vcpu_id, ready_by_interrupt=PROFILES[scenario.profile].ready_by_interrupt
@@ -80,7 +86,10 @@ class ScenarioShell:
             Spin: self._spin,
             Off: self._off,
             EndRun: self._end_run,
-            PageOut: self._page_out,
+            PageOut: lambda request: self._scripted(request.ask, part.HC_PAGE_OUT, request.gfn),
+            ChangeSlots: lambda request: self._scripted(
+                request.ask, part.HC_SLOTS, part.pack_change(request)
+            ),
         }
         event: Any = PowerOn()
         while True:
@@ -129,15 +138,15 @@ class ScenarioShell:
         self._call(part.HC_END, 0)
         self._wait_for(wire.Bye)
 
-    def _page_out(self, request: PageOut) -> Spun:
-        """The host answers when the page is out; a kick meanwhile is for the guest's next instructions."""
-        self._call(part.HC_PAGE_OUT, request.gfn)
+    def _scripted(self, ask: int, call: int, argument: int) -> Spun:
+        """The host answers when it is done; a kick meanwhile is for the guest's next instructions."""
+        self._call(call, argument)
         while True:
             message = self._receive(LOOK_MS)
             if type(message) is wire.Kick:
                 self._kick_due = True
             elif type(message) is wire.Entry:
-                return Spun(request.ask, kicked=False)
+                return Spun(ask, kicked=False)
 
     def _call(self, number: int, argument: int) -> None:
         """A hypercall of the script. The vCPU's machine in the host never sees it."""

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
 
 from host import events as ev
-from host.kernels import F_DIRTY, HPT_EVICT, HPT_RESIDENT, HPT_SLOT, HPT_WRITING
+from host.kernels import HPT_EVICT, HPT_RESIDENT, HPT_SLOT, HPT_WRITING
 from host.setup import ShellObserver
 from host.shell import HostShell
 from host.shell import warm as warm_host
@@ -29,14 +29,16 @@ from proto.layout import NPT_D
 from proto.profile import PROFILES
 from proto.run import RunContext
 from proto.stats import HostCounter, StatsBlock
+from proto.topology import PAGES_PER_MIB
 from proto.trace import Kind, TraceWriter
 from proto.units import WORDS_PER_PAGE
 from sim.record import Record
 from sim.scenario_file import Scenario
-from sim.world import WITNESS
+from sim.scenario_tables import LEVELS, contents, table_gfn
+from sim.slots import Layouts
+from sim.world import WITNESS, fail_first
 
 NOBODY: Final = -1
-DIRTY: Final = np.uint8(F_DIRTY)
 LIMIT_NS: Final = 5_000_000_000
 """Beyond the longest that the times in a scenario can add up to: what the processes themselves need, many times over."""
 
@@ -85,7 +87,10 @@ class ScenarioHost(HostShell):
         self._waiting: list[tuple[tuple[str, int, int], bytes, wire.Hello]] = []
         self._paging_out: list[tuple[bytes, int, int]] = []
         """(vCPU, sequence number of its exit, gfn) of script steps under way."""
+        self._changing: list[tuple[bytes, int]] = []
+        """(vCPU, sequence number of its exit) of steps that wait for their layout."""
         self._limit_ns = 0
+        self._effects[ev.MemslotsSet] = self._slots_changed
         answer = self._effects[ev.Answer]
         self._effects[ev.Answer] = lambda e: None if e.cpu == NOBODY else answer(e)
 
@@ -99,6 +104,9 @@ class ScenarioHost(HostShell):
             VcpuMachine(cpu, 0, vcpu_id, profile, True, self.obs)
             for cpu, vcpu_id in enumerate(self.scenario.vcpu_ids)
         ]
+        for vcpu in self.vcpus:
+            fail_first(vcpu, self.scenario.no_memory_for_items)
+        self.layouts = Layouts(self.topology.vm[0].memory_mib * PAGES_PER_MIB)
 
     # -- set-up --------------------------------------------------------------------------------------------
     def _admit(self, number: int, identity: bytes, epoch: int) -> None:
@@ -106,27 +114,36 @@ class ScenarioHost(HostShell):
         if self._setting_up is None:
             self._route()
             self._setting_up = part.on_swap(self.scenario)
+            if self.scenario.tables_swapped_out is not None:
+                for level in LEVELS:
+                    self._fill(table_gfn(level), contents(level, self.scenario.pages))
             for gfn in self._setting_up:
                 self._put_on_swap(gfn)
 
     def _put_on_swap(self, gfn: int) -> None:
         """Give the page recognisable contents and page it out."""
+        # The last word, so that what the guest keeps in the page (the shared area) starts as zeros.
+        self._fill(gfn, {WORDS_PER_PAGE - 1: WITNESS + gfn})
+        self._evict(gfn)
+
+    def _fill(self, gfn: int, words: Mapping[int, int]) -> None:
+        """Words of a page by index."""
         self._feed(self.vm, ev.GetPage(NOBODY, 0, 0, gfn, True, ev.Gup.WAIT))
         self._route()
         frame = int(self.vm.frame_of[gfn])
-        # The last word, so that what the guest keeps in the page (the shared area) starts as zeros.
-        self.memory.frames[frame * WORDS_PER_PAGE + WORDS_PER_PAGE - 1] = np.uint64(WITNESS + gfn)
-        self.vm.flags[gfn] |= DIRTY
-        self._evict(gfn)
+        for index, word in words.items():
+            self.memory.frames[frame * WORDS_PER_PAGE + index] = np.uint64(word)
+        self.vm.mark_dirty(gfn)
 
     def _evict(self, gfn: int) -> None:
         """What reclaim does to a victim; the grace period and the write-back follow by themselves."""
-        if self.vm.state[gfn] != HPT_RESIDENT:
+        hvp = self.vm.find_hvp(0, gfn)
+        if self.vm.state[hvp] != HPT_RESIDENT:
             return
         if self.memory.unmap(0, gfn) & NPT_D:
-            self.vm.flags[gfn] |= DIRTY
-        self.vm.state[gfn] = HPT_EVICT
-        self.vm._begin_grace(0, [gfn])
+            self.vm.mark_dirty(hvp)
+        self.vm.state[hvp] = HPT_EVICT
+        self.vm._begin_grace(0, [hvp])
 
     def _hello(
         self, peer: tuple[str, int, int], identity: bytes, message: wire.Hello, extra: Sequence[bytes]
@@ -155,6 +172,9 @@ class ScenarioHost(HostShell):
         if call == part.HC_PAGE_OUT:
             self._evict(message.arg1)
             self._paging_out.append((identity, message.seq, message.arg1))
+        elif call == part.HC_SLOTS:
+            self._changing.append((identity, message.seq))
+            self._feed(self.vm, self.layouts.change(self.vm.slots, part.unpack_change(message.arg1)))
         elif call == part.HC_END:
             self._finish("the script ended the run")
         else:
@@ -164,9 +184,16 @@ class ScenarioHost(HostShell):
         """Answer the steps whose pages are out."""
         for step in list(self._paging_out):
             identity, seq, gfn = step
-            if self.vm.state[gfn] not in (HPT_EVICT, HPT_WRITING):
+            if self.vm.state[self.vm.find_hvp(0, gfn)] not in (HPT_EVICT, HPT_WRITING):
                 self._paging_out.remove(step)
-                self._send(identity, wire.Entry(seq, 0, wire.Inject.NONE, 0, 0, 0, 0, wire.Held.NONE, 0, 0))
+                self._answer(identity, seq)
+
+    def _slots_changed(self, _: ev.MemslotsSet) -> None:
+        self._answer(*self._changing.pop(0))
+
+    def _answer(self, identity: bytes, seq: int) -> None:
+        """A step of the script is done."""
+        self._send(identity, wire.Entry(seq, 0, wire.Inject.NONE, 0, 0, 0, 0, wire.Held.NONE, 0, 0))
 
     def _finish(self, reason: str) -> None:
         if not self.finished:

@@ -24,7 +24,7 @@ from proto.trace import Kind
 from proto.units import PAGE_SIZE
 from proto.wire import OP_READ
 from sim.events import Event
-from sim.scenario_guest import FIRST_GFN
+from sim.scenario_tables import FIRST_GFN
 from sim.world import WITNESS
 
 POLL_MS: Final = 500

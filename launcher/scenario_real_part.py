@@ -13,9 +13,9 @@ from typing import Any, Final
 from proto.layout import APF_AREA_GPA
 from proto.run import RunContext
 from proto.units import PAGE_SHIFT
-from sim.events import Event
+from sim.events import ChangeSlots, Event
 from sim.scenario_file import Scenario, load
-from sim.scenario_guest import FIRST_GFN
+from sim.scenario_tables import FIRST_GFN, table_gfn
 
 HOST: Final = "host"
 PAGES: Final = "pages"
@@ -26,6 +26,21 @@ HC_END: Final = 0x5CE1
 """The same: the run is over. No answer."""
 
 
+HC_SLOTS: Final = 0x5CE2
+"""The same: change the memslot of a guest frame; answered when the layout is in force. ``arg1``: `pack_change`."""
+CHANGES: Final = ("slot_move", "slot_delete", "slot_add")
+
+
+def pack_change(change: ChangeSlots) -> int:
+    """A change of memslots as an argument of a hypercall."""
+    return change.gfn << 8 | int(change.fresh) << 4 | CHANGES.index(change.do)
+
+
+def unpack_change(argument: int) -> ChangeSlots:
+    """The reverse; the request number is not carried."""
+    return ChangeSlots(0, CHANGES[argument & 15], argument >> 8, bool(argument >> 4 & 1))
+
+
 def scenario_of(ctx: RunContext) -> Scenario:
     """The scenario of this run: the file that its topology names."""
     return load(Path(ctx.topology.file))
@@ -34,6 +49,7 @@ def scenario_of(ctx: RunContext) -> Scenario:
 def on_swap(scenario: Scenario) -> list[int]:
     """Gfns that are on swap when the guest starts, in the order in which they go there."""
     gfns = [FIRST_GFN + page for page in scenario.pages] if scenario.swapped_out else []
+    gfns += [table_gfn(level) for level in scenario.tables_swapped_out or ()]
     if scenario.area_swapped_out:
         areas = {(APF_AREA_GPA + AREA_BYTES * vcpu_id) >> PAGE_SHIFT for vcpu_id in scenario.vcpu_ids}
         gfns += sorted(areas)

@@ -53,6 +53,17 @@ class SaveRestore(NamedTuple):
     ask: int
 
 
+class ChangeSlots(NamedTuple):
+    """The script wants guest frame ``gfn`` on other host memory (``do`` slot_move; ``fresh``: without its contents), without memory
+    (slot_delete), or with the one it had (slot_add); answer `Spun` when no vCPU translates with the old layout any more.
+    """
+
+    ask: int
+    do: str
+    gfn: int
+    fresh: bool
+
+
 class Said(NamedTuple):
     """A line of the guest's own log, ``after_ns`` later than the last answer."""
 

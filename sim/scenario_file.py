@@ -17,27 +17,24 @@ from typing import Any, Final
 
 from proto.errors import UserError
 from proto.profile import PROFILES
+from sim.scenario_steps import PAGE_MAX, SERVICE_US_MAX, U64_MAX, Step, check_steps, read_step
 from sim.table_reader import Reader
 
 FILE_BYTES_MAX: Final = 1 << 20
 TASKS_MAX: Final = 1024
 TOUCHES_MAX: Final = 1024
-PAGE_MAX: Final = 65_535
+TABLES_PAGE_MAX: Final = 510
+"""Page tables of a scenario's guest have one leaf table, whose last word is its witness."""
 VCPU_ID_MAX: Final = 4095
 """The token has 12 bits for it (spec §0.5)."""
 VCPUS_MAX: Final = 16
-SERVICE_US_MAX: Final = 10_000_000
-U64_MAX: Final = (1 << 64) - 1
 
 WORKERS: Final = ("spin", "halt")
 ON_READY: Final = ("clear", "ack")
 TOUCHES: Final = '"own:K", "same:K", or one list of page numbers per task'
-DO: Final = (
-    "yield", "clear", "ack", "disable", "enable", "end", "lapic_on", "lapic_off", "page_out", "save_restore", "write", "read",
-)  # fmt: skip
-REGISTERS: Final = ("en", "int", "ack", "spiv", "en_v3", "en_merged")
 COUNTS: Final = (
     "not_present", "ready", "sync", "repeated", "max_outstanding", "setup_failed", "halts", "elided", "cancelled", "faulted_writes",
+    "resets", "moved",
 )  # fmt: skip
 TOKENS: Final = ("tokens_not_present", "tokens_ready")
 
@@ -54,20 +51,8 @@ class Task:
     paging: bool
     shadow: bool
     pending: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One step of task 0 of vCPU ``vcpu``: ``do``, or "wait" for ``wait_ns``."""
-
-    do: str
-    vcpu: int = 0
-    wait_ns: int = 0
-    register: str = ""
-    value: int = 0
-    faults: bool = False
-    page: int = -1
-    """Page number, -1 = the page of the shared areas."""
+    wakes_on: int = -1
+    """vCPU on which it goes on after a wake-up; -1: where it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +74,9 @@ class Scenario:
     service_of: Mapping[int, int]
     swapped_out: bool
     area_swapped_out: bool
+    tables_swapped_out: tuple[int, ...] | None
+    """Levels of the guest's page tables that start on swap; None: the guest has no tables and touches by page number."""
+    no_memory_for_items: int
     tasks: tuple[Task, ...]
     script: tuple[Step, ...]
     expect: Mapping[str, Any]
@@ -151,8 +139,10 @@ def parse(values: Mapping[str, Any], where: str, about: str = "") -> Scenario:
         service_of=_service(pages),
         swapped_out=pages.flag("swapped_out", default=True),
         area_swapped_out=pages.flag("area_swapped_out", default=False),
+        tables_swapped_out=_levels(pages),
+        no_memory_for_items=pages.number("no_memory_for_items", 0, TASKS_MAX, default=0),
         tasks=_tasks(top, vcpus),
-        script=tuple(_step(step, vcpus, by_interrupt) for step in top.tables("script", required=False)),
+        script=tuple(read_step(step, vcpus, by_interrupt) for step in top.tables("script", required=False)),
         expect=_expect(top.table("expect")),
     )
     pages.finish()
@@ -169,6 +159,19 @@ def _about(text: str) -> str:
             break
         lines.append(line.lstrip("# ").rstrip())
     return lines[0] if lines else ""
+
+
+def _levels(pages: Reader) -> tuple[int, ...] | None:
+    if not pages.has("tables_swapped_out"):
+        return None
+    value = pages.any("tables_swapped_out")
+    if (
+        not isinstance(value, list)
+        or not all(type(one) is int and 1 <= one <= 4 for one in value)
+        or len(set(value)) != len(value)
+    ):
+        pages.refuse("tables_swapped_out", "not accepted", value, "a list of different levels from 1 to 4")
+    return tuple(value)
 
 
 def _service(pages: Reader) -> dict[int, int]:
@@ -201,6 +204,7 @@ def _tasks(top: Reader, vcpus: int) -> tuple[Task, ...]:
             paging=group.flag("paging", default=True),
             shadow=group.flag("shadow", default=False),
             pending=group.flag("pending", default=False),
+            wakes_on=group.number("wakes_on", 0, vcpus - 1, default=-1) if group.has("wakes_on") else -1,
         )
         group.finish()
         tasks += [replace(settings, number=n, pages=pages) for n, pages in zip(numbers, touches, strict=True)]
@@ -231,34 +235,6 @@ def _page_list(group: Reader, pages: object) -> tuple[int, ...]:
     return tuple(pages)
 
 
-def _step(step: Reader, vcpus: int, by_interrupt: bool) -> Step:
-    vcpu = step.number("vcpu", 0, vcpus - 1, default=0)
-    if step.has("wait_us"):
-        if step.has("do"):
-            step.refuse("do", "a step either waits or does something", None, "wait_us or do")
-        found = Step("wait", vcpu, wait_ns=step.number("wait_us", 0, SERVICE_US_MAX) * 1000)
-    else:
-        do = step.choice("do", DO)
-        if do == "ack" and not by_interrupt:
-            step.refuse("do", "this profile has no ACK register", do, "another step")
-        found = Step(do, vcpu)
-        if do in ("write", "read"):
-            found = Step(
-                do,
-                vcpu,
-                register=step.choice("register", REGISTERS),
-                value=step.number("value", 0, U64_MAX),
-                faults=step.flag("faults", default=False),
-            )
-        elif do == "page_out":
-            page = step.any("page")
-            if page != "area" and not (type(page) is int and 0 <= page <= PAGE_MAX):
-                step.refuse("page", "not a page", page, f'"area" or a number from 0 to {PAGE_MAX}')
-            found = Step(do, vcpu, page=-1 if page == "area" else page)
-    step.finish()
-    return found
-
-
 def _expect(table: Reader) -> dict[str, Any]:
     expect: dict[str, Any] = {}
     for key in COUNTS:
@@ -286,6 +262,12 @@ def _check_expect(scenario: Scenario, where: str) -> None:
         raise UserError(
             "one of both", where=where, key="expect.ready_first", allowed="ready_first or tokens_ready"
         )
+    check_steps(scenario.script, len(scenario.tasks), scenario.worker, where)
+    if scenario.tables_swapped_out is not None and max(scenario.pages) > TABLES_PAGE_MAX:
+        raise UserError(
+            "the guest's page tables have no room for it", where=where, key="task.touches", found=max(scenario.pages),
+            allowed=f"pages up to {TABLES_PAGE_MAX}",
+        )  # fmt: skip
     missing = [s.page for s in scenario.script if s.page >= 0 and s.page not in scenario.pages]
     if missing:
         raise UserError(

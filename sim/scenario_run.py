@@ -6,13 +6,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import numpy as np
+
 from proto.layout import APF_AREA_GPA
+from proto.port import ArrayPort
 from proto.profile import PROFILES
 from proto.stats import HostCounter
 from proto.units import TOKEN_WAKE_ALL
 from sim.events import Event
 from sim.scenario_file import Scenario
-from sim.scenario_guest import FIRST_GFN, ScenarioCpu
+from sim.scenario_guest import ScenarioCpu
+from sim.scenario_tables import FIRST_GFN, LEVELS, contents, table_gfn
+from sim.scenario_tasks import SHARED_WORDS
 from sim.world import World, WorldConfig
 
 LOGGED: Final = ("TOUCH", "NOTPRES", "READY", "DONE")
@@ -66,14 +71,22 @@ def run(scenario: Scenario, park_ns: Callable[[str], int] | None = None) -> Outc
             pages=FIRST_GFN + max(scenario.pages) + 1,
             service_ns=lambda gfn: scenario.service_of.get(gfn - FIRST_GFN, scenario.service_ns),
             park_ns=park_ns,
+            moves=sum(step.do == "slot_move" for step in scenario.script),
+            no_memory_for_items=scenario.no_memory_for_items,
         )
     )
-    cpus = [ScenarioCpu(scenario, cpu, world.guest_memory) for cpu in range(len(scenario.vcpu_ids))]
+    shared = ArrayPort(np.zeros(SHARED_WORDS, np.uint64))
+    cpus = [ScenarioCpu(scenario, cpu, world.guest_memory, shared) for cpu in range(len(scenario.vcpu_ids))]
     for cpu in cpus:
         world.attach(cpu)
     if scenario.swapped_out:
         for page in scenario.pages:
             world.put_on_swap(FIRST_GFN + page)
+    if scenario.tables_swapped_out is not None:
+        for level in LEVELS:
+            world.fill(table_gfn(level), contents(level, scenario.pages))
+        for level in scenario.tables_swapped_out:
+            world.put_on_swap(table_gfn(level))
     if scenario.area_swapped_out:
         for gfn in sorted({(APF_AREA_GPA + 64 * vcpu_id) >> 12 for vcpu_id in scenario.vcpu_ids}):
             world.put_on_swap(gfn)
@@ -83,7 +96,7 @@ def run(scenario: Scenario, park_ns: Callable[[str], int] | None = None) -> Outc
     differences = compare(scenario.expect, observed)
     differences += [text for cpu in cpus for text in cpu.surprises]
     if not world.over:
-        asleep = [str(t.task.number) for cpu in cpus for t in cpu.tasks if not t.finished]
+        asleep = [str(t.task.number) for t in cpus[0].everybody if not t.finished]
         differences.append(f"the run did not end: tasks {', '.join(asleep) or 'none'} unfinished")
     return Outcome(scenario, "sim", observed, tuple(differences), events)
 
@@ -110,6 +123,8 @@ def observe(
         "elided": counts.get(HostCounter.ELIDED, 0),
         "cancelled": sum(e.name == "CANCEL" for e in events),
         "faulted_writes": sum(e.name == "GP" for e in events),
+        "resets": sum(e.name == "RESET" for e in events),
+        "moved": sum(e.name == "MOVED" for e in events),
         "log": log_lines(events),
     }
 

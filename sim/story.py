@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Final
 
+from host.async_pf import SETUP_LIMIT, SETUP_NO_MEMORY
 from host.x86 import CANCEL_DESTROY, CANCEL_DISABLE, CANCEL_RESET, REQ_APF_HALT
 from proto import kvm
 from proto.wire import Inject
 from sim.events import Event
-from sim.scenario_guest import FIRST_GFN
 from sim.scenario_run import Outcome
+from sim.scenario_tables import FIRST_GFN
 
 Fields = dict[str, int]
 Line = tuple[str, str]
 """Sentence and place in the spec."""
 
+_SETUP_FAILS: Final = {
+    SETUP_LIMIT: "As many faults as allowed are outstanding",
+    SETUP_NO_MEMORY: "No memory for a work item",
+}
 _CANCELS: Final = {
     CANCEL_DISABLE: "async PF was disabled",
     CANCEL_RESET: "the vCPU was reset",
@@ -75,9 +80,11 @@ _TELL: Final[dict[str, Callable[[Fields], Line]]] = {
     "ASYNC_PF_REPEATED_FAULT": lambda f: (
         f"gfn {f['gfn']:#x} is in the vCPU's hash: it is being fetched already, no second work item.", "§1.14, I19"
     ),
-    "SETUP_FAIL": lambda _: (
-        "As many faults as allowed are outstanding: the token id is used up, the fault goes on synchronously.", "§3.2, §0.5"
+    "SETUP_FAIL": lambda f: (
+        f"{_SETUP_FAILS.get(f['why'], 'It fails')}: the token id is used up, the fault goes on synchronously.", "§3.2, §0.5"
     ),
+    "MEMSLOTS": lambda f: (f"The memslots have generation {f['generation']} now.", "§1.7"),
+    "RESET": lambda _: ("The vCPU is reset: MSRs are 0, nothing is outstanding.", "§1.16"),
     "ASYNC_PF_NOT_PRESENT": lambda f: (
         f"A work item is queued with token {f['token']:#x} and the gfn goes into the hash; then the guest is to be told.", "§3.2"
     ),

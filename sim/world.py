@@ -16,16 +16,16 @@ Deliberately not here: loss, crashes and random schedules; daemons as machines; 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 
 from host import events as ev
-from host.kernels import F_DIRTY, HPT_EVICT, HPT_RESIDENT, HPT_SLOT
+from host.kernels import HPT_EVICT, HPT_RESIDENT, HPT_SLOT
 from host.machine_reset import MachineReset, from_command
 from host.memory import HostMemory, VmMemory
-from host.slots import Memslot
+from host.slots import Memslot, Region
 from host.swap import SwapMachine
 from host.vcpu import VcpuMachine, Where
 from host.vm import Limits, VmMachine
@@ -36,11 +36,12 @@ from proto.profile import Profile
 from proto.units import PAGE_SIZE, WORDS_PER_PAGE
 from proto.wire import OP_READ, Entry, Exit
 from sim.agenda import ARRIVAL, GUEST, Agenda
-from sim.events import Back, EndRun, Leave, Off, PageOut, PowerOn, Said, SaveRestore, Spin, Spun
+from sim.events import Back, ChangeSlots, EndRun, Leave, Off, PageOut, PowerOn, Said, SaveRestore, Spin, Spun
 from sim.hostside import SimulationError
 from sim.memory import GuestMemory
 from sim.moving import Move
 from sim.record import Record
+from sim.slots import Layouts
 
 EXIT_NS: Final = 1_000
 """From leaving guest mode to the host's decision."""
@@ -73,6 +74,21 @@ class WorldConfig(NamedTuple):
     service_ns: Callable[[int], int]
     host_async: bool = True
     park_ns: Callable[[str], int] | None = None
+    moves: int = 0
+    """How often a page gets other host memory: so many host pages are spare."""
+    no_memory_for_items: int = 0
+    """So many work items of each vCPU, the first ones, find no memory."""
+
+
+def fail_first(vcpu: VcpuMachine, count: int) -> None:
+    """Have the first ``count`` work items of a vCPU find no memory."""
+    left = [count]
+
+    def can_allocate() -> bool:
+        left[0] -= 1
+        return left[0] < 0
+
+    vcpu.x86.apf.can_allocate = can_allocate
 
 
 class World:
@@ -87,6 +103,7 @@ class World:
         """How often the host was exchanged; what was arranged for an earlier one does not happen any more."""
         self.move: Move | None = None
         self._make_host()
+        self.layouts = Layouts(config.pages)
         self.guest_memory = GuestMemory(self.memory, 0, config.pages)
         self.max_outstanding = 0
         self._guests: list[Machine] = []
@@ -94,6 +111,8 @@ class World:
         """The Spin a CPU is in, while it is in guest mode and executing."""
         self._spin_since = [0] * count
         self._spin_serial = [0] * count
+        self._changing_slots: list[tuple[int, int]] = []
+        """(vCPU, request) of script steps that wait for their layout."""
         self._leaving: list[int] = [0] * count
         """The request that the last exit of this CPU has to answer."""
         self._routed: deque[tuple[Machine, Any]] = deque()
@@ -104,6 +123,7 @@ class World:
         self._requests: dict[type[Any], Callable[[int, Any], None]] = {
             Leave: self._leave, Spin: self._spin, Off: self._off, EndRun: self._end_run, PageOut: self._page_out,
             SaveRestore: self._save_restore,
+            ChangeSlots: self._change_slots,
             Said: lambda cpu, s: self.record.add(
                 "guest", s.name, config.vcpu_ids[cpu], s.fields, s.after_ns
             ),
@@ -119,12 +139,17 @@ class World:
         table = np.zeros(npt_tables(config.pages) * WORDS_PER_PAGE, np.uint64)
         frames = np.zeros((config.pages + SPARE_FRAMES) * WORDS_PER_PAGE, np.uint64)
         self.memory = HostMemory(frames, self._vcpu_pages, [VmMemory(table, self._vmc, 0, count)])
-        self.vm = VmMachine(self.memory, [Memslot(0, 0, config.pages, 0)], Limits(2, 4, 1, True), self.record)
+        self.vm = VmMachine(
+            self.memory, [Memslot(0, 0, config.pages, 0)], Limits(2, 4, 1, True), self.record,
+            [Region(0, 0, config.pages + config.moves)],
+        )  # fmt: skip
         self.swap = SwapMachine([config.pages + SPARE_FRAMES], self.record)
         self.vcpus = [
             VcpuMachine(cpu, 0, vcpu_id, config.profile, config.host_async, self.record)
             for cpu, vcpu_id in enumerate(config.vcpu_ids)
         ]
+        for vcpu in self.vcpus:
+            fail_first(vcpu, config.no_memory_for_items)
         self.resets = MachineReset([range(count)])
         self._disk: dict[int, bytes] = {}
         self._parked: list[list[int]] = [[] for _ in range(count)]
@@ -139,7 +164,9 @@ class World:
     def fresh_host(self) -> None:
         """Exchange the host under the guest."""
         self.host += 1
+        layout = self.vm.slots.all()
         self._make_host()
+        self.vm.slots.replace(layout)
         self.guest_memory.bind(self.memory)
         self._start_host()
 
@@ -153,7 +180,7 @@ class World:
         to_swap = lambda e: self._routed.append((self.swap, e))  # noqa: E731
         return {
             ev.Enter: self._enter, ev.KickVcpu: self._kick, ev.SetTimer: self._set_timer, ev.SendIo: self._send_io,
-            ev.SendIpi: self._ipi, ev.PoweredDown: lambda _: None, ev.MemslotsSet: lambda _: None,
+            ev.SendIpi: self._ipi, ev.PoweredDown: lambda _: None, ev.MemslotsSet: self._slots_changed,
             ev.ResetMachine: lambda e: self._to_vcpus(self.resets.begin(e.vm, e.cpu)),
             ev.WasReset: lambda e: self._to_vcpus(self.resets.was_reset(e.cpu)),
             ev.GetPage: to_vm, ev.Translate: to_vm, ev.Fetch: to_vm, ev.CancelFetch: to_vm, ev.GuestRead32: to_vm,
@@ -170,16 +197,21 @@ class World:
 
     def put_on_swap(self, gfn: int) -> None:
         """Before the run: give the page recognisable contents and write it to the device, through the machines."""
+        # The last word, so that what the guest keeps in the page (the shared area) starts as zeros.
+        self.fill(gfn, {WORDS_PER_PAGE - 1: WITNESS + gfn})
+        self._quietly(lambda: self._evict(gfn))
 
-        def write_out() -> None:
+    def fill(self, gfn: int, words: Mapping[int, int]) -> None:
+        """Before the run: words of a page by index."""
+
+        def write() -> None:
             self._feed(self.vm, ev.GetPage(NOBODY, 0, 0, gfn, True, ev.Gup.WAIT))
             frame = int(self.vm.frame_of[gfn])
-            # The last word, so that what the guest keeps in the page (the shared area) starts as zeros.
-            self.memory.frames[frame * WORDS_PER_PAGE + WORDS_PER_PAGE - 1] = np.uint64(WITNESS + gfn)
-            self.vm.flags[gfn] |= F_DIRTY
-            self._evict(gfn)
+            for index, word in words.items():
+                self.memory.frames[frame * WORDS_PER_PAGE + index] = np.uint64(word)
+            self.vm.mark_dirty(gfn)
 
-        self._quietly(write_out)
+        self._quietly(write)
 
     def _quietly(self, action: Callable[[], None]) -> None:
         self.record.quiet = self._instant_io = True
@@ -188,12 +220,16 @@ class World:
 
     def _evict(self, gfn: int) -> None:
         """What reclaim does to a victim. No guest CPU is between two instructions with a stale translation: there is no TLB."""
-        if self.vm.state[gfn] != HPT_RESIDENT:
+        hvp = self.vm.find_hvp(0, gfn)
+        if self.vm.state[hvp] != HPT_RESIDENT:
             return
         if self.memory.unmap(0, gfn) & NPT_D:
-            self.vm.flags[gfn] |= F_DIRTY
-        self.vm.state[gfn] = HPT_EVICT
-        self.vm._begin_grace(0, [gfn])
+            self.vm.mark_dirty(hvp)
+        self.vm.state[hvp] = HPT_EVICT
+        self.vm._begin_grace(0, [hvp])
+        self._flush_all()
+
+    def _flush_all(self) -> None:
         for cpu in range(len(self.vcpus)):
             at = cpu * WORDS_PER_PAGE + VP_STATE
             self._vcpu_pages[at] = int(self._vmc[0]) << 2 | int(self._vcpu_pages[at]) & 3
@@ -314,9 +350,18 @@ class World:
         self._instant_io = True
         self._evict(request.gfn)
         self._instant_io = False
-        if self.vm.state[request.gfn] != HPT_SLOT:
+        if self.vm.state[self.vm.find_hvp(0, request.gfn)] != HPT_SLOT:
             raise SimulationError(f"gfn {request.gfn} did not go to swap")
         self.agenda.after(0, GUEST, lambda: self._tell(cpu, Spun(request.ask, kicked=False)))
+
+    def _change_slots(self, cpu: int, request: ChangeSlots) -> None:
+        self._changing_slots.append((cpu, request.ask))
+        self._feed(self.vm, self.layouts.change(self.vm.slots, request))
+        self._flush_all()
+
+    def _slots_changed(self, _: ev.MemslotsSet) -> None:
+        cpu, ask = self._changing_slots.pop(0)
+        self.agenda.after(0, GUEST, lambda: self._tell(cpu, Spun(ask, kicked=False)))
 
     # -- save and restore ----------------------------------------------------------------------------------
     def _save_restore(self, cpu: int, request: SaveRestore) -> None:
@@ -371,7 +416,7 @@ class World:
             self._disk[effect.slot] = bytes(self.memory.page(effect.frame))
             self._reply(effect, 0)
             return
-        gfn = int(self.vm.owner[effect.frame])
+        gfn = self.layouts.gfn_of(int(self.vm.owner[effect.frame]))
         self.record.add("pages", "request", 0, {"gfn": gfn})
         service_ns = self.config.service_ns(gfn)
         self.agenda.after(

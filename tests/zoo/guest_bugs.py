@@ -161,40 +161,6 @@ def broadcast_after_an_early_wake() -> list[str]:
     return table.left()
 
 
-class Offline:
-    """A CPU that goes away, on the sleeper table. Disabling makes the host forget this CPU's faults."""
-
-    def __init__(self, table: Table) -> None:
-        self.sleepers = table.cpu[0]
-        self.enabled = True
-
-    def run(self) -> Path:
-        """Disable first: no fault can be announced to this CPU after its broadcast (spec §2.8)."""
-        self.enabled = False
-        yield "offline-disabled"
-        yield from self.sleepers.wake_all()
-        yield "offline-woken"
-
-
-def offline_against_a_fault() -> list[str]:
-    """A fault is announced at each rest of the CPU that goes offline."""
-    for moment in range(6):
-        table = Table()
-        cpu = Offline(table)
-        rests = [0]
-
-        def fault(cpu: Offline = cpu, rests: list[int] = rests, moment: int = moment) -> None:
-            rests[0] += 1
-            if rests[0] == moment and cpu.enabled:
-                through(cpu.sleepers.wait(TOKEN, 1, halted=False))
-
-        fault()
-        through(cpu.run(), fault)
-        if found := table.left():
-            return [*found, f"@a fault at rest {moment} of going offline"]
-    return []
-
-
 # -- bugs ------------------------------------------------------------------------------------------------------
 def allocates_under_the_lock(self: Sleepers, token: int) -> Path:
     bucket = _bucket(token)
@@ -259,13 +225,6 @@ def forgets_dummies(self: Sleepers, bucket: int, out: list[Woken]) -> None:
             out.append(woken)
 
 
-def wakes_all_before_disabling(self: Offline) -> Path:
-    yield from self.sleepers.wake_all()
-    yield "offline-woken"
-    self.enabled = False
-    yield "offline-disabled"
-
-
 BUGS: Final = (
     Bug("BZ-09A", "the dummy is allocated under the bucket lock", "Linux until 5.19 (0547758a6de3), PREEMPT_RT", "mainline",
         ("I47",), (Patch(Sleepers, "wake", allocates_under_the_lock),),
@@ -276,9 +235,6 @@ BUGS: Final = (
     Bug("BZ-33", "the broadcast forgets the dummies it takes out", "Linux, found by reading", "mainline", ("I45",),
         (Patch(Sleepers, "_wake_bucket", forgets_dummies),),
         (Trial("steps broadcast after an early wake", broadcast_after_an_early_wake),)),
-    Bug("BZ-39", "offline: broadcast first, disable second (a model: this guest keeps its CPUs)", "order of Linux, reversed",
-        "mainline", ("I47",), (Patch(Offline, "run", wakes_all_before_disabling),),
-        (Trial("a fault at each step of going offline", offline_against_a_fault),)),
     Bug("BZ-41", "a wake that gets no dummy gives up", "v1 (review)", "mainline", ("I47",),
         (Patch(Sleepers, "wake", gives_up_without_a_dummy(Sleepers.wake)),),
         (Trial("steps a wake while the pool is empty", wake_while_the_pool_is_empty),)),

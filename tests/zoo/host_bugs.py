@@ -17,8 +17,9 @@ from proto.profile import MAINLINE, V7
 from proto.wire import ExitReason, Inject
 from sim.events import Event
 from sim.scenario_file import parse
-from sim.scenario_guest import FIRST_GFN, ScenarioCpu
+from sim.scenario_guest import ScenarioCpu
 from sim.scenario_run import run
+from sim.scenario_tables import FIRST_GFN
 from tests.zoo.core import Bug, Patch, Rule, Trial
 from tests.zoo.trials import BASE, park_at, random_runs, scenario, scripted, task
 
@@ -46,13 +47,9 @@ def spiv_requests_nothing(original: Any) -> Any:
 
 
 # -- BZ-03 -----------------------------------------------------------------------------------------------------
-def toggle_flushes(original: Any) -> Any:
-    def exit_taken(self: VcpuMachine, event: Any) -> Path:
-        if self.last_exit.cr0_pg != event.record.cr0_pg:
-            self.x86.forget(CANCEL_DISABLE)
-        return original(self, event)  # type: ignore[no-any-return]
-
-    return exit_taken
+def toggle_flushes(self: X86, was: int, now: int) -> None:
+    if was != now:
+        self.forget(CANCEL_DISABLE)
 
 
 # -- BZ-04 -----------------------------------------------------------------------------------------------------
@@ -131,7 +128,7 @@ def tests_before_append(self: VcpuMachine, event: Fetched) -> Path:
 # -- BZ-46 -----------------------------------------------------------------------------------------------------
 def enables_without_vector(self: ScenarioCpu) -> Path:
     value = self._area | self.profile.enabled_bits
-    yield from self._wrmsr(self.profile.msr_en, value, if_=1)
+    yield from self.wrmsr(self.profile.msr_en, value, if_=1)
 
 
 # -- of our own making -----------------------------------------------------------------------------------------
@@ -165,10 +162,6 @@ _SAME_ENTRY: Final = {
     "task": [task(0), task(1)],
 }
 """Page 0 arrives while the fault on page 1 is being set up (parked)."""
-_SMI: Final = {
-    "profile": "mainline", "pages": {"service_us": 50_000, "service": {"1": 1_000}},
-    "task": [task(0), task(1, paging=False)],
-}  # fmt: skip
 
 
 def longer_of(one: Callable[[str], int], other: Callable[[str], int]) -> Callable[[str], int]:
@@ -209,8 +202,7 @@ BUGS: Final = (
         (Patch(X86, "can_dequeue", can_dequeue_without_lapic), Patch(X86, "write_msr", spiv_requests_nothing(X86.write_msr))),
         (scenario("lapic_late_mainline"), scenario("ready_lapic_off_mainline"))),
     Bug("BZ-03", "a change of CR0.PG drops what is outstanding", "Linux until 2025 (ab4e41eb9fab)", "mainline", ("I47",),
-        (Patch(VcpuMachine, "_exit_taken", toggle_flushes(VcpuMachine._exit_taken)),),
-        (scripted("paging goes off and on while a task sleeps", _SMI),)),
+        (Patch(X86, "paging_changed", toggle_flushes),), (scenario("paging_toggle_mainline"),)),
     Bug("BZ-04", "the worker reads pending before it requests", "Linux until 2025 (68c35f89d016), in theory", "mainline", ("I48",),
         (Patch(AsyncPf, "completed", reads_pending_first),), (Trial("steps completion and ACK cross", crossing),)),
     Bug("BZ-05", "ready without an injected not-present", "Linux until June 2020", "mainline", ("I22", "I45"),
@@ -239,7 +231,7 @@ BUGS: Final = (
     Bug("BZ-36", "the worker starts before the announcement", "until mid 2020", "mainline", ("I20", "I6", "I22"),
         (Rule("mainline", replace(MAINLINE, announce_before_fetch=False)),), (random_runs("mainline"),)),
     Bug("BZ-46", "EN is written and INT is not", "VMMs (firecracker #5738)", "mainline", ("I26",),
-        (Patch(ScenarioCpu, "_enable", enables_without_vector),), (scenario("one"),)),
+        (Patch(ScenarioCpu, "enable", enables_without_vector),), (scenario("one"),)),
     Bug("D-01", "a not-present message arrives twice", "distributed", "mainline", ("I16",),
         (Patch(VcpuMachine, "_enter", announces_again(VcpuMachine._enter)),), (scenario("one"),)),
     Bug("D-02", "ready messages change places", "distributed", "mainline", ("I23",),

@@ -61,6 +61,17 @@ class _Linux:
             self.dummies.add(token)
             yield Kind.G_WAKE, {"token": token, "c": variant}
 
+    def reset(self, cpu: int) -> None:
+        """The kernel that knew these sleepers is gone."""
+        gone = [token for token, (owner, _) in self.nodes.items() if owner == cpu]
+        for token in gone:
+            del self.nodes[token]
+
+    def offline(self, cpu: int) -> Iterable[tuple[Kind, Fields]]:
+        """Every sleeper of the CPU is woken."""
+        for token in [t for t, (owner, _) in self.nodes.items() if owner == cpu]:
+            yield Kind.G_WAKE, self._taken(token, ALL)
+
     def _taken(self, token: int, variant: int) -> Fields:
         _, task = self.nodes.pop(token)
         return {"token": token, "a": task + 1, "b": task, "c": variant}
@@ -97,12 +108,16 @@ def _understand(event: Event, linux: _Linux) -> Iterable[tuple[Kind, Fields]]:
     if event.src == "host":
         kind = Kind[event.name]
         values = {key: int(fields[name]) for key, name in zip("abc", FIELDS[kind], strict=False)}
+        if kind is Kind.RESET:
+            linux.reset(event.vcpu)
         yield kind, {"token": fields.get("token", 0), **values}
     elif event.src == "guest":
         if event.name == "NOTPRES":
             yield from linux.not_present(event.vcpu, fields["task"], fields["token"])
         elif event.name == "READY":
             yield from linux.ready(event.vcpu, fields["token"])
+        elif event.name == "OFFLINE":
+            yield from linux.offline(event.vcpu)
         elif event.name == "CLEAR":
             yield from linux.clear(event.vcpu)
         elif event.name == "TASKEND":
