@@ -1,4 +1,4 @@
-"""What docs/seed-patches.md names exists: every file, function, scenario and test."""
+"""What docs/seed-patches.md names exists: every file, function, scenario and test; so do the scenarios and tests of the test points."""
 
 from __future__ import annotations
 
@@ -116,3 +116,20 @@ def test_a_name_that_does_not_exist_is_noticed() -> None:
         "X86.no_such",
         "none",
     ]
+
+
+def test_what_shows_a_test_point_exists() -> None:
+    text = (ROOT / "docs" / "protocol-scenarios.md").read_text()
+    rows = [line.split("|")[1:4] for line in text.splitlines() if re.match(r"\| TG?\d", line)]
+    points = [point.strip() for row in rows for point in row[0].split(",")]
+    assert {f"TG{n}" for n in range(1, 10)} <= set(points)
+    assert {f"T{n}" for n in range(1, 13)} <= {re.sub("[a-d]$", "", point) for point in points}
+    scenarios = {path.stem for path in (ROOT / "scenarios").glob("*.toml")}
+    for _, _, shown in rows:
+        for span in CODE.findall(shown):
+            file, _, name = span.partition("::")
+            if file.startswith("tests/"):
+                assert (ROOT / file).is_file(), span
+                assert not name or name in defined(ROOT / file), span
+            elif span != "elided":
+                assert any(Path(stem).match(span) for stem in scenarios), span

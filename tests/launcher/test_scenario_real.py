@@ -42,6 +42,10 @@ def run(scenario: Scenario) -> Outcome:
         "two_vcpus_v3",  # another rule set, two processes
         "area_on_swap_mainline",  # the script pages out
         "token_vcpu_id",  # vCPU ids that do not begin with 0
+        "offline_online_mainline",  # a vCPU goes and comes back, its task changes the process
+        "reboot_v7",  # all vCPUs are reset
+        "area_moved_mainline",  # memslots change
+        "tables_mainline",  # the guest's page tables on swap
     ],
 )
 def test_a_scenario_holds_as_processes(name: str) -> None:
