@@ -98,9 +98,8 @@ def _misread(emulator: Emulator) -> list[str]:
 def _lost_kernel_pages(emulator: Emulator) -> int:
     """Unreadable pages below those that the guest's allocator hands out: the kernel's own."""
     vm = emulator.host.vm
-    return sum(
-        int((vm.state[slot.base_hvp : slot.base_hvp + ALLOC_FIRST_GFN] == HPT_BAD).sum()) for slot in vm.slots
-    )
+    pages = [vm.find_hvp(v, gfn) for v in range(len(emulator.plan.vms)) for gfn in range(ALLOC_FIRST_GFN)]
+    return sum(int(vm.state[hvp] == HPT_BAD) for hvp in pages if hvp >= 0)
 
 
 def invariants(profile: str, events: Events, cut: str = "", *, finished: bool = True) -> list[str]:

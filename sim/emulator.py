@@ -22,9 +22,11 @@ import numpy as np
 
 from guest.events import GuestPanicError
 from host import events as ev
+from host.machine_reset import from_command
 from host.memory import HostMemory, VmMemory
+from host.slots import Memslot
 from host.vcpu import Where
-from host.vm import Limits, Memslot
+from host.vm import Limits
 from proto.events import Kind
 from proto.layout import CTL_BARRIER, CTL_STOP, npt_tables
 from proto.machine import MachineError
@@ -265,7 +267,7 @@ class Emulator:
 
     def _ipi(self, effect: ev.SendIpi) -> None:
         cpu = self.plan.cpus.index((effect.vm, effect.target))
-        self.host.later(self.host.vcpus[cpu], ev.Interrupt(cpu, effect.vector))
+        self.host.later(self.host.vcpus[cpu], from_command(cpu, effect.vector))
 
     def _at_the_barrier(self, effect: ev.AtBarrier) -> None:
         """All tasks of all guests have come: the barrier opens."""

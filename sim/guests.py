@@ -20,8 +20,10 @@ from guest.boot import TaskSpec, init_kernel, plan_tasks, shadow_words
 from guest.events import (
     Access32,
     Accessed,
+    ClearPage,
     CpuConfig,
     Entered,
+    LoadKernel,
     PowerDown,
     PowerOn,
     Ran,
@@ -31,8 +33,8 @@ from guest.events import (
     TakeExit,
 )
 from guest.machine import GuestCpu
-from guest.mmu import OK, U64, make_vcpu
-from guest.run import kernel_access32, vcpu_run
+from guest.mmu import OK, U64, flush, make_vcpu
+from guest.run import kernel_access32, kernel_clear_page, vcpu_run
 from host.memory import HostMemory
 from proto.layout import (
     K_TASKS,
@@ -55,7 +57,7 @@ from proto.run import PROC_VCPU
 from proto.stats import BLOCK_WORDS, StatsBlock
 from proto.topology_keys import Task, Vm
 from proto.units import WORDS_PER_PAGE
-from proto.wire import Entry, Exit
+from proto.wire import Entry, Exit, Inject
 from sim.agenda import Agenda
 from sim.chance import Chance
 from sim.log import EventLog, GuestSink
@@ -66,12 +68,9 @@ ACCESS_NS: Final = 50
 RELAX_NS: Final = 2_000
 TICK_NS: Final = 100_000
 GRANULARITY_NS: Final = 300_000
-COSTS_NS: Final = {
-    "exit_cost_ns": 500,
-    "exception_cost_ns": 300,
-    "switch_cost_ns": 300,
-    "interrupt_cost_ns": 300,
-}
+EXIT_NS: Final = 500
+COST_NS: Final = 300
+"""Guest time of an exit, and of an exception, a switch or an interrupt."""
 
 TakesExit = Callable[[int, Exit], None]
 
@@ -91,14 +90,20 @@ def task_specs(plan: VmPlan) -> list[TaskSpec]:
 class GuestVm:
     """What the vCPUs of one guest share."""
 
-    __slots__ = ("kernel", "plan", "shadow")
+    __slots__ = ("_seed", "_specs", "kernel", "plan", "shadow")
 
     def __init__(self, plan: VmPlan, seed: int) -> None:
         self.plan = plan
-        specs = task_specs(plan)
-        self.kernel: U64 = np.zeros(kernel_words(len(specs), plan.vcpus), np.uint64)
-        init_kernel(self.kernel, specs, plan.vcpus, plan.memory_pages, seed)
-        self.shadow = np.zeros(max(1, shadow_words(specs)), np.uint32)
+        self._seed = seed
+        self._specs = task_specs(plan)
+        self.kernel: U64 = np.zeros(kernel_words(len(self._specs), plan.vcpus), np.uint64)
+        self.shadow = np.zeros(max(1, shadow_words(self._specs)), np.uint32)
+        self.load()
+
+    def load(self) -> None:
+        """The kernel's memory and the shadow as they are at power-on."""
+        init_kernel(self.kernel, self._specs, self.plan.vcpus, self.plan.memory_pages, self._seed)
+        self.shadow[:] = 0
 
     @property
     def tasks(self) -> int:
@@ -163,7 +168,7 @@ class Guests:
         ]
         self._perform: dict[type[Any], Callable[[int, _Cpu, Any], None]] = {
             RunTask: self._run_task, TakeExit: self._take_exit, Access32: self._access, Relax: self._relax,
-            PowerDown: self._power_down,
+            PowerDown: self._power_down, ClearPage: self._clear_page, LoadKernel: self._load_kernel,
         }  # fmt: skip
 
     def _make_cpu(
@@ -173,7 +178,7 @@ class Guests:
         config = CpuConfig(
             vm=vm, vcpu_id=vcpu_id, vcpus=guest.plan.vcpus, tasks=guest.tasks, mode=plan.mode, profile=PROFILES[plan.profile],
             send_always=guest.plan.send_always, preemptible=guest.plan.preemptible, tick_ns=TICK_NS, granularity_ns=GRANULARITY_NS,
-            **COSTS_NS,
+            exit_cost_ns=EXIT_NS, exception_cost_ns=COST_NS, switch_cost_ns=COST_NS, interrupt_cost_ns=COST_NS,
         )  # fmt: skip
         page = memory.vcpus[cpu * WORDS_PER_PAGE : (cpu + 1) * WORDS_PER_PAGE]
         arrays = make_vcpu(
@@ -189,7 +194,7 @@ class Guests:
             # Registers and counters that lie in the page; state word and doorbell begin anew.
             for first, end in ((VP_TASK, VP_X_GPA), (VP_COUNTERS, VP_COUNTERS + VP_COUNTERS_LEN)):
                 page[first:end] = old.page[first:end]
-        machine = GuestCpu(config, guest.kernel, page, control, acc, resume)
+        machine = GuestCpu(config, guest.kernel, page, control, acc, resume, memory.vms[vm].vmc)
         made = _Cpu(machine, arrays, memory.vms[vm].vmc.data, page.data, guest.plan.op_ns)
         machine.park_with(lambda step: self._parks(cpu, made, step))
         return made
@@ -240,6 +245,17 @@ class Guests:
         self._stay(one)
         self._later(cpu, one, ACCESS_NS, Accessed(request.ask, status == OK, int(value)))
 
+    def _clear_page(self, cpu: int, one: _Cpu, request: ClearPage) -> None:
+        self._look_at_generation(one)
+        status, _ = kernel_access32(one.arrays, request.gpa, True, 0)
+        done = status == OK and kernel_clear_page(one.arrays, request.gpa)
+        self._stay(one)
+        self._later(cpu, one, ACCESS_NS, Accessed(request.ask, done, 0))
+
+    def _load_kernel(self, cpu: int, one: _Cpu, request: LoadKernel) -> None:
+        self.vms[one.machine.config.vm].load()
+        self._later(cpu, one, ACCESS_NS, Relaxed(request.ask))
+
     def _relax(self, cpu: int, one: _Cpu, request: Relax) -> None:
         self._agenda.demote(self._actors[cpu])
         self._later(cpu, one, RELAX_NS, Relaxed(request.ask))
@@ -263,6 +279,8 @@ class Guests:
         """The host sends the entry record."""
         one = self.cpus[cpu]
         ask = one.ask
+        if entry.inject == Inject.RESET:
+            flush(one.arrays)
         self._send(cpu, one, lambda: self._tell(cpu, one, Entered(ask, entry)))
 
     def kick(self, cpu: int) -> None:

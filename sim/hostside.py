@@ -9,15 +9,17 @@ world's agenda; nothing here depends on time or chance.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from host import events as ev
+from host.machine_reset import MachineReset
 from host.memory import HostMemory
 from host.observe import Observer
+from host.slots import Memslot
 from host.swap import SwapMachine
 from host.vcpu import VcpuMachine, Where
-from host.vm import Limits, Memslot, VmMachine
+from host.vm import Limits, VmMachine
 from proto.machine import Machine
 from proto.profile import Profile
 
@@ -34,7 +36,7 @@ class SimulationError(AssertionError):
 class HostSide:
     """``cpus``: (vm, vcpu_id) of each global vCPU. ``outside``: handlers of the effects that leave the host."""
 
-    __slots__ = ("_effects", "_routed", "clock", "memory", "swap", "vcpus", "vm")
+    __slots__ = ("_effects", "_routed", "clock", "memory", "resets", "swap", "vcpus", "vm")
 
     def __init__(
         self,
@@ -70,11 +72,18 @@ class HostSide:
         def to_vcpu(event: Any) -> None:
             routed.append((vcpus[event.cpu], event))
 
+        def to_vcpus(events: Iterable[Any]) -> None:
+            routed.extend((vcpus[event.cpu], event) for event in events)
+
+        vms = max(vm for vm, _ in cpus) + 1
+        self.resets = MachineReset([[cpu for cpu, (vm, _) in enumerate(cpus) if vm == v] for v in range(vms)])
         self._effects: dict[type[Any], Handler] = {
             ev.GetPage: to_vm, ev.Translate: to_vm, ev.Fetch: to_vm, ev.CancelFetch: to_vm, ev.GuestRead32: to_vm,
             ev.GuestWrite32: to_vm, ev.SwapInDone: to_vm, ev.SwapOutDone: to_vm,
             ev.SwapIn: to_swap, ev.SwapOut: to_swap, ev.SlotFree: to_swap,
             ev.Answer: to_vcpu, ev.Fetched: to_vcpu,
+            ev.ResetMachine: lambda e: to_vcpus(self.resets.begin(e.vm, e.cpu)),
+            ev.WasReset: lambda e: to_vcpus(self.resets.was_reset(e.cpu)), ev.MemslotsSet: lambda _: None,
             **outside,
         }  # fmt: skip
 
