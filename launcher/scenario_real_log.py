@@ -40,6 +40,13 @@ class GuestLog:
             self._asleep[token] = task
         elif said.name == "READY":
             self._take(token)
+        elif said.name == "OFFLINE":
+            for one, sleeper in self._asleep.items():
+                self._event(Kind.G_WAKE, one, sleeper + 1, sleeper, WAKE_BROADCAST)
+            self._asleep.clear()
+        elif said.name == "START":
+            # After a reset: whoever slept here is gone with the kernel that knew it.
+            self._asleep.clear()
         elif said.name == "CLEAR":
             offset = kvm.AREA_TOKEN if self._by_interrupt else kvm.AREA_FLAGS
             self._event(

@@ -80,6 +80,8 @@ def judge(emulator: Emulator) -> list[str]:
         found = invariants(
             emulator.plan.profile, emulator.log.events(), f"a guest has lost {lost} pages of its kernel"
         )
+        # With its shared area gone what is done is never taken, and no halt lasts (spec §3.3: a read that fails counts as not free).
+        found = [line for line in found if not line.startswith("I49 ")]
         return [*found, *_misread(emulator)]
     # Where nothing can happen any more, whoever still waits will wait for ever: liveness can be judged.
     cut = emulator.failures[0] if stopped and not emulator.stuck else ""

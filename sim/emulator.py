@@ -52,7 +52,7 @@ GRACE_NS: Final = 3_000
 LOOK_NS: Final = 250_000_000
 """The host looks for requests that were lost this often."""
 ACTIONS_BASE: Final = 50_000
-ACTIONS_PER_OP: Final = 400
+ACTIONS_PER_OP: Final = 1_000
 """Ten times what the slowest of a thousand drawn plans needs, where hardly any frames are left; most need a few in all."""
 
 ACTIONS_PER_US: Final = 200

@@ -21,10 +21,13 @@ from report.check.state import (
     UNKNOWN,
     V_ACCEPT,
     V_BROADCAST,
+    V_CACHE,
+    V_DONE_HALTED_NS,
     V_EN,
     V_HALT_REQ,
     V_HALTED,
     V_HALTING,
+    V_HLT,
     V_INJ_KIND,
     V_INJ_QUEUED,
     V_LAPIC,
@@ -50,7 +53,7 @@ def on_reset(s: Tables, row: int, at: int) -> None:
     hold(s, row, NR[34], s.v[row, V_LIVE] == 0, at, NONE, NONE)
     for word in (
         V_EN, V_LAPIC, V_SEND_ALWAYS, V_HALT_REQ, V_HALTED, V_HALTING, V_INJ_KIND, V_INJ_QUEUED, V_ACCEPT, V_WAKEALL,
-        V_PREFAULT, V_REPEATED, V_WAKING_ALL, V_BROADCAST,
+        V_PREFAULT, V_REPEATED, V_WAKING_ALL, V_BROADCAST, V_HLT, V_CACHE, V_DONE_HALTED_NS,
     ):  # fmt: skip
         s.v[row, word] = 0
     s.v[row, V_VECTOR] = s.v[row, V_TRY_GFN] = UNKNOWN
