@@ -60,6 +60,15 @@ class Moves:
         """Raises UserError for what the run cannot do."""
         end_ns = int(topology.run.seconds * S)
         begin_ns = 0
+        if (self.times_ns or self.restore is not None) and topology.event:
+            # A fresh host would not know what of the schedule has been done, and a CPU that is offline never comes to a save point.
+            raise UserError(
+                "a run with scheduled events cannot be saved or restored",
+                where=topology.file,
+                key="event",
+                found=len(topology.event),
+                allowed="a topology without [[event]]",
+            )
         if self.restore is not None:
             with ImageReader(self.restore) as image:
                 begin_ns = check_identity(image, topology)

@@ -115,5 +115,6 @@ counted, but it checks and fills its memory anew, and a fixed amount of work (`o
 | `slot_delete` | This part is taken out of the guest. Only memory that no task can have may go. |
 | `slot_add` | What a `slot_delete` took comes back, with its contents. |
 
-The first vCPU never goes offline: it carries out what concerns the whole guest.
+The first vCPU never goes offline: it carries out what concerns the whole guest. A run with events cannot be saved, restored or
+restarted.
 """

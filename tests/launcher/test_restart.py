@@ -80,6 +80,15 @@ def test_times_that_do_not_come_are_refused(moves: Moves, says: str) -> None:
     assert says in str(caught.value)
 
 
+def test_a_run_with_scheduled_events_is_refused() -> None:
+    topology = Topology.from_dict(
+        {"run": {"seconds": 5.0}, "vm": [{"vcpus": 2}], "event": [{"do": "offline"}]}
+    )
+    with pytest.raises(UserError, match="scheduled events"):
+        Moves((2_000_000_000,)).check(topology)
+    Moves().check(topology)
+
+
 def test_times_in_order_are_fine() -> None:
     moves = Moves((2 * S, 3 * S))
     moves.check(topology())
