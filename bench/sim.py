@@ -1,10 +1,11 @@
 """How fast the simulated world is: fault lifecycles, faults and events per second of CPU time, with rules, event log and checker on.
 
-    python bench/sim.py [--seeds A..B] [--repeat N]
+    python bench/sim.py [--seeds A..B] [--longer N] [--repeat N]
 
 A lifecycle is a fault that needed a page from swap, from its exit to its end, however it was served; faults are all exits to the host for
-a missing page, those that only wanted a page of zeros among them. Medians over the repeats; CPU time, so other load on the machine counts
-only through caches and clock rates.
+a missing page, those that only wanted a page of zeros among them. Drawn plans are short, and most of their faults fill memory for the first
+time; `--longer` multiplies the operations of every task, so that paging dominates. Medians over the repeats; CPU time, so other load on the
+machine counts only through caches and clock rates.
 """
 
 from __future__ import annotations
@@ -14,12 +15,21 @@ import gc
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launcher.sim_verdict import run_plan
 from sim.draw import draw
+from sim.plan import SimPlan
+
+
+def _longer(plan: SimPlan, times: int) -> SimPlan:
+    vms = tuple(
+        replace(vm, tasks=tuple(replace(task, ops=task.ops * times) for task in vm.tasks)) for vm in plan.vms
+    )
+    return replace(plan, vms=vms)
 
 
 def main() -> int:
@@ -28,10 +38,13 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", default="0..199", help="A..B (default: 0..199)")
+    parser.add_argument(
+        "--longer", type=int, default=1, metavar="N", help="operations per task, times this (default: 1)"
+    )
     parser.add_argument("--repeat", type=int, default=3)
     args = parser.parse_args()
     first, last = (int(word) for word in args.seeds.split(".."))
-    plans = [draw(seed) for seed in range(first, last + 1)]
+    plans = [_longer(draw(seed), args.longer) for seed in range(first, last + 1)]
     run_plan(plans[0])
     rates = []
     for _ in range(args.repeat):
