@@ -14,10 +14,7 @@ from typing import Any
 
 import pytest
 
-from host import events as ev
 from host.async_pf import AsyncPf
-from host.kernels import HPT_EVICT
-from host.swap import SwapMachine
 from host.vm import VmMachine
 from host.x86 import X86
 from launcher.sim_verdict import judge, run_plan
@@ -25,11 +22,9 @@ from proto.events import Kind
 from proto.machine import Path as Steps
 from proto.profile import PROFILES
 from proto.stats import HostCounter
-from sim.daemons import Daemons
 from sim.draw import draw
 from sim.emulator import Emulator
 from sim.plan import FAULTS, DaemonPlan, FaultPlan, SimPlan, TaskPlan, VmPlan, pages_needed
-from swapd.machine import RequestQueue
 
 ROOT = Path(__file__).resolve().parents[2]
 CLEAN = range(2_000)
@@ -146,45 +141,6 @@ def always_free(_: X86) -> Steps:
     return True
 
 
-def no_grace(self: VmMachine) -> None:
-    for queue in self._unmapped:
-        while queue:
-            victim = queue.popleft()
-            self._evicting -= 1
-            if self.state[victim.hvp] == HPT_EVICT:
-                self._evicted(victim.hvp)
-
-
-def asks_nobody_again(_: SwapMachine, __: ev.LookAtRequests) -> None:
-    return
-
-
-def twice_done(self: RequestQueue, requests: Any, _settled: int, now_ns: int) -> Any:
-    """A request that was answered is done again when it comes again."""
-    self._answered.clear()
-    self._settled = 0
-    return ACCEPT(self, requests, 0, now_ns)
-
-
-ACCEPT = RequestQueue.accept
-
-
-def unfenced(self: Daemons, d: int, one: Any) -> None:
-    """The successor comes before what the dead daemon has begun can no longer land."""
-    epoch = one.epoch
-    DIE(self, d, one)
-    self._to_host(ev.DaemonLost(d, epoch))
-    self._to_host(ev.DaemonFenced(d, epoch))
-    self._hello(d, epoch + 1)
-
-
-def fenced_again(_self: Daemons, _d: int, _epoch: int) -> None:
-    return
-
-
-DIE = Daemons._die
-
-
 def test_a_waker_that_looks_before_it_appends() -> None:
     assert hunt(method(AsyncPf, "completed", said_before_appended), "mainline")
 
@@ -196,37 +152,6 @@ def test_a_ready_that_nobody_waits_for() -> None:
 
 def test_a_token_word_that_is_overwritten() -> None:
     assert hunt(method(X86, "can_dequeue", always_free), "mainline")[0].startswith("I24")
-
-
-def test_frames_that_are_used_before_everybody_has_flushed() -> None:
-    """Two vCPUs that store all the time, nearly everything in memory, so that stays in guest mode are long."""
-    tasks = tuple(TaskPlan("stamp", cpu, 60, 1500, 90) for cpu in (0, 1))
-    vm = VmPlan(2, pages_needed(tasks) + 8, 100, False, False, tasks)
-    daemon = DaemonPlan(vm.memory_pages + 32, 0, 0)
-    found = hunt(
-        method(VmMachine, "_advance_grace", no_grace), vms=(vm,), daemons=(daemon,), frames=120, low=8, high=24, faults=(),
-        zero_pages=False, schedule="delays", link_us=0, calm_us=1_000_000, park_percent=0,
-    )  # fmt: skip
-    assert "reads did not see what was written there" in " ".join(found)
-
-
-def test_lost_messages_that_are_not_sent_again() -> None:
-    lost = (FaultPlan("drop", 0, 3),)
-    assert hunt(method(SwapMachine, "_look_at_requests", asks_nobody_again), faults=lost)
-
-
-def test_requests_that_are_done_twice() -> None:
-    duplicates = tuple(FaultPlan("duplicate", 0, nth) for nth in range(1, 60))
-    assert hunt(method(RequestQueue, "accept", twice_done), faults=duplicates)
-
-
-def test_a_daemon_that_is_not_fenced() -> None:
-    def patch(patching: pytest.MonkeyPatch) -> None:
-        patching.setattr(Daemons, "_die", unfenced)
-        patching.setattr(Daemons, "_fenced", fenced_again)
-
-    kills = tuple(FaultPlan("kill", 0, nth) for nth in range(5, 200, 4))
-    assert hunt(patch, faults=kills, daemons=(DaemonPlan(1 << 12, 20, 200),))
 
 
 # -- faults --------------------------------------------------------------------------------------------------

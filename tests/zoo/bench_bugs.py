@@ -23,6 +23,7 @@ from tests.host.harness import WORDS, Bench
 from tests.host.moving import pause, restore, resume, save
 from tests.zoo.core import Bug, Patch, Trial
 from tests.zoo.judge import as_array, broken
+from tests.zoo.plan_bugs import plans, with_long_stays
 
 GFN: Final = 40
 OTHER: Final = 60
@@ -337,7 +338,8 @@ BUGS: Final = (
         (Patch(SwapMachine, "_daemon_lost", takes_death_for_a_fence(SwapMachine._daemon_lost)),),
         (Trial("steps the dead daemon's read lands late", old_daemon_writes_late),)),
     Bug("D-05", "write-back without grace (stale translation)", "of our own making", "mainline", (),
-        (Patch(VmMachine, "_advance_grace", no_grace),), (Trial("steps a store before the flush", store_in_the_grace_period),)),
+        (Patch(VmMachine, "_advance_grace", no_grace),), (Trial("steps a store before the flush", store_in_the_grace_period),
+         plans("with long stays", with_long_stays))),
     Bug("D-06", "a landing frame is used again too early", "of our own making", "mainline", (),
         (Patch(VmMachine, "_cancel_fetch", frees_the_landing_frame(VmMachine._cancel_fetch)),),
         (Trial("steps a cancelled fetch lands", fetch_cancelled_while_the_device_writes),)),

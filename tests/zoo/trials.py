@@ -72,7 +72,7 @@ def _one(what: Scenario, park: Park | None) -> list[str]:
     return found
 
 
-def _complaint(failure: str) -> str:
+def complaint(failure: str) -> str:
     """The number of an invariant, or the failure as it is."""
     first = failure.split(maxsplit=1)[0]
     return first if is_invariant(first) else failure
@@ -85,7 +85,7 @@ def random_runs(profile: str, first: int = 0, count: int = SEEDS) -> Trial:
         for n, seed in enumerate(range(first, first + count), 1):
             failures = run_plan(draw(seed, profile)).failures
             if failures:
-                return [*map(_complaint, failures), f"@seed {seed}, the {n}. of {count}"]
+                return [*map(complaint, failures), f"@seed {seed}, the {n}. of {count}"]
         return []
 
     return Trial(f"seeds {first}..{first + count - 1} of {profile}", go)
