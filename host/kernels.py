@@ -67,9 +67,7 @@ def frame_is_zero(frames: NDArray[np.uint64], frame: int) -> bool:
 
 
 @kernel
-def populate(
-    frames: NDArray[np.uint64],
-    npt: NDArray[np.uint64],
+def take_block(
     state: NDArray[np.uint8],
     frame_of: NDArray[np.int32],
     flags: NDArray[np.uint8],
@@ -78,30 +76,73 @@ def populate(
     free_count: int,
     first_hvp: int,
     count: int,
-    first_gfn: int,
-) -> int:
-    """Zero-fill and map the never-touched pages of a block; returns the new number of free frames.
+    hvps: NDArray[np.int64],
+    frames: NDArray[np.int64],
+) -> tuple[int, int]:
+    """Give the never-touched pages of a block a frame each; returns (free frames left, pages that got one).
 
     ``free[:free_count]`` is the stack of free frames. Takes as many as the block needs; the caller made sure that they are there.
+    ``hvps[:n]`` and ``frames[:n]`` say which page got which: `map_zeroed` fills and maps them.
     """
+    taken = 0
     for i in range(count):
         hvp = first_hvp + i
         if state[hvp] != HPT_NONE or free_count == 0:
             continue
         free_count -= 1
         frame = free[free_count]
-        zero_frame(frames, frame)
         owner[frame] = hvp
         state[hvp] = HPT_RESIDENT
         frame_of[hvp] = frame
         flags[hvp] = F_ZEROED
-        npt_set(npt, first_gfn + i, frame, True)
-    return free_count
+        hvps[taken] = hvp
+        frames[taken] = frame
+        taken += 1
+    return free_count, taken
+
+
+@kernel
+def map_zeroed(
+    memory: NDArray[np.uint64],
+    npt: NDArray[np.uint64],
+    hvps: NDArray[np.int64],
+    frames: NDArray[np.int64],
+    gfn_minus_hvp: int,
+) -> None:
+    """Fill each frame with zeros, then map it writable."""
+    for i in range(len(hvps)):
+        zero_frame(memory, frames[i])
+        npt_set(npt, hvps[i] + gfn_minus_hvp, frames[i], True)
+
+
+AGED_YOUNG: Final = 0
+"""Was accessed since the hand last passed: stays mapped, its accessed bit is cleared."""
+AGED_CLEAN: Final = 1
+"""Its nested entry was cleared (or there was none); not written through it."""
+AGED_DIRTY: Final = 2
+"""Its nested entry was cleared; it was written through it."""
+
+
+@kernel
+def age(npt: NDArray[np.uint64], gfn: int) -> int:
+    """Look at one leaf as the clock hand does; returns AGED_*.
+
+    The dirty bit of a cleared entry is final: walkers set it only on a present entry.
+    """
+    entry = npt_get(npt, gfn)
+    if (entry & u64(NPT_P)) == u64(0):
+        return AGED_CLEAN
+    if (entry & u64(NPT_A)) != u64(0) and npt_test_clear_accessed(npt, gfn):
+        return AGED_YOUNG
+    entry = npt_clear(npt, gfn)
+    return AGED_DIRTY if (entry & u64(NPT_D)) != u64(0) else AGED_CLEAN
 
 
 @kernel
 def pick_victims(
     npt: NDArray[np.uint64],
+    aged: NDArray[np.uint8],
+    live: bool,
     state: NDArray[np.uint8],
     flags: NDArray[np.uint8],
     first_hvp: int,
@@ -110,13 +151,17 @@ def pick_victims(
     hand: int,
     want: int,
     out: NDArray[np.int64],
-) -> tuple[int, int]:
+) -> tuple[int, int, int]:
     """Second chance over one memslot: unmap up to ``want`` pages that were not accessed since the hand last passed.
 
-    Returns (new hand, number of victims); ``out[:n]`` are their hvps. Two full turns at the most, so that a memslot whose pages were
-    all accessed still yields. The dirty bit of the cleared entry is final: walkers set it only on a present entry.
+    Returns (new hand, number of victims, entries looked at); ``out[:n]`` are the victims' hvps. Two full turns at the most, so that a
+    memslot whose pages were all accessed still yields.
+
+    ``aged[:looked]`` is what the nested entries said, in the order they were looked at: written here when ``live``; otherwise it says
+    so itself, ``npt`` is not touched, and -1 victims mean that it held too little.
     """
     found = 0
+    looked = 0
     steps = 0
     while found < want and steps < 2 * pages:
         hvp = first_hvp + hand
@@ -130,17 +175,19 @@ def pick_victims(
         if (flags[hvp] & F_YOUNG) != 0:
             flags[hvp] &= 255 - F_YOUNG
             continue
-        entry = npt_get(npt, gfn)
-        if (entry & u64(NPT_P)) != u64(0):
-            if (entry & u64(NPT_A)) != u64(0) and npt_test_clear_accessed(npt, gfn):
-                continue
-            entry = npt_clear(npt, gfn)
-            if (entry & u64(NPT_D)) != u64(0):
-                flags[hvp] = (flags[hvp] | F_DIRTY) & (255 - F_ZEROED)
+        if looked >= len(aged):
+            return hand, -1, looked
+        if live:
+            aged[looked] = age(npt, gfn)
+        looked += 1
+        if aged[looked - 1] == AGED_YOUNG:
+            continue
+        if aged[looked - 1] == AGED_DIRTY:
+            flags[hvp] = (flags[hvp] | F_DIRTY) & (255 - F_ZEROED)
         state[hvp] = HPT_EVICT
         out[found] = hvp
         found += 1
-    return hand, found
+    return hand, found, looked
 
 
 @kernel

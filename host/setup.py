@@ -1,9 +1,18 @@
-"""What the host's shell makes of a topology before the first message: memslots, water marks, and where observations go."""
+"""What the host's shell makes of a topology before the first message: its machines, and where their observations go."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from host.memory import VmPort
+from host.observe import Observer
 from host.slots import Memslot, Region
-from host.vm import Limits
+from host.swap import SwapMachine
+from host.vcpu import VcpuMachine
+from host.vm import Limits, VmMachine
+from proto.machine import Machine
+from proto.profile import PROFILES
 from proto.stats import HostCounter, HostHist, StatsBlock
 from proto.topology import PAGES_PER_MIB, Topology
 from proto.trace import Kind, TraceWriter
@@ -68,3 +77,29 @@ def water_marks(topology: Topology) -> Limits:
     low = max(16, int(frames * host.low_water_percent / 100))
     high = max(low + 16, int(frames * host.high_water_percent / 100))
     return Limits(low, high, host.populate_pages, host.zero_pages)
+
+
+class HostMachines(NamedTuple):
+    """The machines of a host."""
+
+    vm: VmMachine
+    swap: SwapMachine
+    vcpus: list[VcpuMachine]
+
+    def all(self) -> list[Machine]:
+        """Every machine, in a fixed order."""
+        return [self.vm, self.swap, *self.vcpus]
+
+
+def build_machines(
+    topology: Topology, slots: Sequence[int], memory: VmPort, observer: Observer
+) -> HostMachines:
+    """Fresh machines for a run. ``slots``: blocks of each daemon's swap file."""
+    profile = PROFILES[topology.run.profile]
+    host_async = topology.run.mode != "sync"
+    numbers = [(v, vcpu_id) for v, vm in enumerate(topology.vm) for vcpu_id in range(vm.vcpus)]
+    return HostMachines(
+        VmMachine(memory, memslots(topology), water_marks(topology), observer, regions(topology)),
+        SwapMachine(slots, observer),
+        [VcpuMachine(cpu, v, i, profile, host_async, observer) for cpu, (v, i) in enumerate(numbers)],
+    )

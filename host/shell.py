@@ -23,13 +23,13 @@ import zmq
 
 from host import events as ev
 from host.image import Restoring, Saving
+from host.logged import Recording, start_recording
 from host.machine_reset import MachineReset, from_command
 from host.memory import HostMemory, VmMemory
 from host.schedule import Guest, Schedule
-from host.setup import ShellObserver, memslots, regions, water_marks
-from host.swap import SwapMachine, op_of
-from host.vcpu import VcpuMachine, Where
-from host.vm import VmMachine
+from host.setup import ShellObserver, build_machines, memslots
+from host.swap import op_of
+from host.vcpu import Where
 from proto import atomics, link, wire
 from proto.layout import (
     CTL_ABORT,
@@ -39,7 +39,7 @@ from proto.layout import (
     K_TASKS,
     VP_DOORBELL,
 )
-from proto.profile import PROFILES
+from proto.machine import Machine
 from proto.run import PROC_HOST, RunContext
 from proto.stats import HostCounter, host_block
 from proto.trace import Kind
@@ -100,6 +100,8 @@ class HostShell:
         self.vcpu_pages = ctx.segments["vcpus"].u64
         self.writer = ctx.trace("host", PROC_HOST)
         self.obs = ShellObserver(host_block(ctx.segments["stats"].u64), self.writer)
+        self._on: Callable[[Machine, tuple[Any, ...], int], list[Any]] = Machine.on
+        """Calls a machine: plainly, or written down."""
         self._machines()
         self.saving: Saving | None = None
         self.restoring: Restoring | None = None
@@ -177,16 +179,16 @@ class HostShell:
             for v, vm in enumerate(topology.vm)
         ]
         self.memory = HostMemory(segments["frames"].u64, self.vcpu_pages, vms)
-        self.vm = VmMachine(
-            self.memory, memslots(topology), water_marks(topology), self.obs, regions(topology)
-        )
-        self.swap = SwapMachine([f.slots for f in self.ctx.swap_files], self.obs)
-        profile = PROFILES[topology.run.profile]
-        host_async = topology.run.mode != "sync"
-        self.vcpus = []
-        for cpu in range(topology.total_vcpus):
-            vm, vcpu_id = self.ctx.vm_of_cpu(cpu)
-            self.vcpus.append(VcpuMachine(cpu, vm, vcpu_id, profile, host_async, self.obs))
+        slots = [file.slots for file in self.ctx.swap_files]
+        self.recording: Recording | None = None
+        if self.ctx.log_inputs:
+            self.recording = start_recording(
+                self.ctx.run_dir, self.ctx.run_id, topology, slots, self.memory, self.obs
+            )
+            self.vm, self.swap, self.vcpus = self.recording.machines
+            self._on = self.recording.recorder.on
+        else:
+            self.vm, self.swap, self.vcpus = build_machines(topology, slots, self.memory, self.obs)
         cpus = range(topology.total_vcpus)
         self.resets = MachineReset(
             [[c for c in cpus if self.ctx.vm_of_cpu(c)[0] == v] for v in range(len(vms))]
@@ -268,6 +270,8 @@ class HostShell:
             self.obs.gauge(HostCounter.SLOTS_USED, self.swap.slots_used)
             self.obs.gauge(HostCounter.OUTSTANDING, self.swap.outstanding)
             self.writer.tick()
+            if self.recording is not None:
+                self.recording.log.flush()
         if now >= self.next_ping_ns:
             self.next_ping_ns = now + PING_EVERY_NS
             self._heartbeat(now)
@@ -290,10 +294,10 @@ class HostShell:
     def _route(self) -> None:
         """Hand events to machines and perform what they answer, until nobody has anything to say."""
         now = time.monotonic_ns()
-        routed, effects = self.routed, self._effects
+        routed, effects, on = self.routed, self._effects, self._on
         while routed:
             machine, event = routed.popleft()
-            for effect in machine.on((event,), now):
+            for effect in on(machine, (event,), now):
                 effects[type(effect)](effect)
 
     def _to_vm(self, event: Any) -> None:
@@ -645,8 +649,10 @@ class HostShell:
             self._to_launcher(wire.Finished("all vCPUs powered down"))
 
     def close(self) -> None:
-        """Sockets and trace file."""
+        """Sockets, trace file, input log."""
         self.writer.close()
+        if self.recording is not None:
+            self.recording.log.close()
         self.router.close()
         self.context.term()
 

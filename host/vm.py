@@ -62,7 +62,7 @@ from host.kernels import (
     HPT_WRITING,
     HPT_ZERO,
 )
-from host.memory import HostMemory
+from host.memory import VmPort
 from host.observe import Observer
 from host.slot_change import SlotChange
 from host.slots import UNMAPPED, Memslot, Range, Region, Slots
@@ -106,7 +106,7 @@ class VmMachine(Machine):
 
     def __init__(
         self,
-        memory: HostMemory,
+        memory: VmPort,
         slots: Sequence[Memslot],
         limits: Limits,
         observer: Observer,
@@ -114,14 +114,14 @@ class VmMachine(Machine):
     ) -> None:
         super().__init__()
         self.memory = memory
-        self.slots = Slots(slots, len(memory.vms), regions)
+        self.slots = Slots(slots, memory.vm_count, regions)
         self.change = SlotChange(self)
         self.limits = limits
         self.obs = observer
         self._columns(self.slots.host_pages, memory.frame_count)
         self._waiters: dict[int, list[Any]] = {}
         self._frame_waiters: deque[int] = deque()
-        self._unmapped: list[deque[_Unmapped]] = [deque() for _ in memory.vms]
+        self._unmapped: list[deque[_Unmapped]] = [deque() for _ in range(memory.vm_count)]
         self._hands: dict[Range, int] = {}
         self._next_range = 0
         self._read_attempts: dict[int, int] = {}
@@ -157,6 +157,8 @@ class VmMachine(Machine):
         self.free = np.arange(frames - 1, -1, -1, dtype=np.int32)
         self.free_count = frames
         self._victims = np.zeros(FLUSH_BATCH, np.int64)
+        self._block_hvps = np.zeros(self.limits.populate_pages, np.int64)
+        self._block_frames = np.zeros(self.limits.populate_pages, np.int64)
         self._unmap_gen = np.zeros(pages, np.int64).data
         self._state = self.state.data
         self._frame = self.frame_of.data
@@ -278,10 +280,11 @@ class VmMachine(Machine):
         block = self.limits.populate_pages
         if fresh and block > 1 and self.free_count > self.limits.low + block:
             first, count = self._block_around(vm, gfn, hvp, block)
-            self.free_count = kernels.populate(
-                self.memory.frames, self.memory.vms[vm].npt, self.state, self.frame_of, self.flags, self.owner,
-                self.free, self.free_count, first, count, gfn - (hvp - first),
+            self.free_count, taken = kernels.take_block(
+                self.state, self.frame_of, self.flags, self.owner, self.free, self.free_count, first, count,
+                self._block_hvps, self._block_frames,
             )  # fmt: skip
+            self.memory.map_zeroed(vm, self._block_hvps[:taken], self._block_frames[:taken], gfn - hvp)
             return Found.ZERO_FILL
         frame = self._take_frame(hvp)
         self.memory.zero(frame)
@@ -504,10 +507,9 @@ class VmMachine(Machine):
         """Victims of one range into ``_victims``; returns how many."""
         hand = self._hands.get(part, 0)
         if part.first_gfn != UNMAPPED:
-            npt = self.memory.vms[part.vm].npt
-            hand, found = kernels.pick_victims(
-                npt, self.state, self.flags, part.first_hvp, part.pages, part.first_gfn, hand, want, self._victims,
-            )  # fmt: skip
+            hand, found = self.memory.pick_victims(
+                part.vm, self.state, self.flags, part.first_hvp, part.pages, part.first_gfn, hand, want, self._victims
+            )
         elif self.change.moving:
             return 0
         else:

@@ -108,6 +108,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mode", choices=options.MODES, help="how page faults are delivered (default: interrupt)"
     )
+    options.add_log_inputs(parser)
     options.add_run_options(parser)
     parser.add_argument(
         "--restart-at",
@@ -189,6 +190,7 @@ def _add_stress(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vcpus", type=options.positive_count, default=64, metavar="N", help="virtual CPUs (default: 64)"
     )
+    options.add_log_inputs(parser)
     options.add_run_options(parser)
 
 
@@ -220,6 +222,7 @@ def _add_chaos(parser: argparse.ArgumentParser) -> None:
         dest="for_ns",
         help="how long (default: 20s)",
     )
+    options.add_log_inputs(parser)
     options.add_run_options(parser)
 
 
@@ -327,6 +330,37 @@ def cmd_check(args: argparse.Namespace) -> int:
     return check.cmd_check(args)
 
 
+def _add_replay(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run with --log-inputs")
+    parser.add_argument(
+        "--role", choices=("host",), default="host", help="whose machines to run again (default: host)"
+    )
+    parser.add_argument(
+        "--until", type=options.positive_count, metavar="N", help="stop after call number N (default: all)"
+    )
+    parser.add_argument(
+        "--show", type=_call_range, metavar="N..M", help="print these calls with all they read and did"
+    )
+    options.add_json(parser)
+
+
+def _call_range(text: str) -> range:
+    """Calls N..M, both included; N alone is one call."""
+    first, dots, last = text.partition("..")
+    begin = options.positive_count(first)
+    calls = range(begin, (options.positive_count(last) if dots else begin) + 1)
+    if not calls:
+        raise argparse.ArgumentTypeError(f"{text!r} holds no call (allowed: N..M with N up to M)")
+    return calls
+
+
+def cmd_replay(args: argparse.Namespace) -> int:
+    """`replay RUN_DIR`: run recorded machines again and compare."""
+    from launcher import replay
+
+    return replay.cmd_replay(args)
+
+
 def _add_zoo(parser: argparse.ArgumentParser) -> None:
     options.add_json(parser)
 
@@ -377,6 +411,7 @@ COMMANDS = (
     Command("sim", "random runs in virtual time, one per seed", _add_sim, cmd_sim),
     Command("zoo", "put known bugs back in and see which rule notices", _add_zoo, cmd_zoo),
     Command("check", "check the events of a run against KVM's invariants", _add_check, cmd_check),
+    Command("replay", "run a recorded host again and compare what it does", _add_replay, cmd_replay),
     Command("topologies", "list the ready-made topologies", _no_arguments, cmd_topologies),
     Command(
         "test",

@@ -51,7 +51,7 @@ TRACE_SUFFIX: Final = ".apft"
 def cmd_run(args: argparse.Namespace) -> int:
     """One run: its summary as text or JSON."""
     topology = _load(args, mode=args.mode)
-    options = RunOptions(out=args.out, moves=_moves(args))
+    options = dataclasses.replace(_options(args), moves=_moves(args))
     return _run_and_show(topology, options, args, must_check_reads=False)
 
 
@@ -71,7 +71,7 @@ def cmd_stress(args: argparse.Namespace) -> int:
     """Many vCPUs with a checked task on each, four times the memory the host gives."""
     changes = stress_changes(args.vcpus) + args.changes
     topology = load(STRESS_TOPOLOGY, changes, profile=args.profile, seconds=args.seconds, seed=args.seed)
-    return _run_and_show(topology, RunOptions(out=args.out), args, must_check_reads=True)
+    return _run_and_show(topology, _options(args), args, must_check_reads=True)
 
 
 def cmd_chaos(args: argparse.Namespace) -> int:
@@ -79,7 +79,7 @@ def cmd_chaos(args: argparse.Namespace) -> int:
     seconds = args.seconds if args.seconds is not None else args.for_ns / 1e9
     topology = with_stamp(_load(args, mode=None, seconds=seconds))
     chaos = ChaosPlan(args.every_ns, args.for_ns, len(topology.swapd))
-    return _run_and_show(topology, RunOptions(out=args.out, chaos=chaos), args, must_check_reads=True)
+    return _run_and_show(topology, _options(args, chaos), args, must_check_reads=True)
 
 
 def cmd_compare(args: argparse.Namespace) -> int:
@@ -209,6 +209,16 @@ def trace_figures(report: reuse.TraceReport) -> dict[str, Any]:
         "hot_percent": round(report.hot_percent, 3),
         "lru_faults": {str(percent): faults for percent, faults in report.lru_faults.items()},
     }
+
+
+def _options(args: argparse.Namespace, chaos: ChaosPlan | None = None) -> RunOptions:
+    if args.log_inputs and args.out is None:
+        raise UserError(
+            "the input log lies in the run directory, and without a name that one is removed",
+            where="--log-inputs",
+            allowed="together with --out DIR",
+        )
+    return RunOptions(out=args.out, log_inputs=args.log_inputs, chaos=chaos)
 
 
 def _load(args: argparse.Namespace, *, mode: str | None, seconds: float | None = None) -> Topology:

@@ -37,6 +37,7 @@ from launcher.signals import Signals
 from launcher.supervisor import ZYGOTE_STOP_S, Outcome, Supervisor
 from launcher.watch import Watch
 from launcher.zygote_link import Zygote
+from proto import inputlog
 from proto.errors import UserError
 from proto.image import ImageReader
 from proto.topology import Topology
@@ -57,9 +58,12 @@ TRACE_BYTES: Final = 32 << 20
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """How to run a topology. out: the run directory; None: a temporary one. moves: saves and restores. roles: tests put others in."""
+    """How to run a topology. out: the run directory; None: a temporary one. log_inputs: so that `replay` can run it again; wants a
+    run directory that stays. moves: saves and restores. roles: tests put others in.
+    """
 
     out: Path | None = None
+    log_inputs: bool = False
     chaos: ChaosPlan | None = None
     roles: Mapping[str, str] = field(default_factory=lambda: ROLES)
     bounds: Bounds = field(default_factory=Bounds)
@@ -259,6 +263,7 @@ def _config(
         "swap_files": [[file.slots, file.direct, file.filesystem, file.engine] for file in made.swap_files],
         "traces": [[trace.path, trace.pages, trace.accesses] for trace in made.traces],
         "trace_bytes": options.trace_bytes,
+        "log_inputs": options.log_inputs,
         "roles": dict(options.roles),
     }
 
@@ -282,7 +287,7 @@ def _tcp_endpoint(topology: Topology) -> str:
 def _write_down(run: _Run, checked: dict[str, Any]) -> RunResult:
     """Everything has ended: summary.json and the second version of run.json."""
     topology, run_dir, outcome = run.topology, run.run_dir, run.outcome
-    warnings = list(run.warnings)
+    warnings = [*run.warnings, *_log_warnings(run_dir)]
     if outcome.bad_messages:
         warnings.append(f"the launcher dropped {outcome.bad_messages} messages that break the contract")
     warnings += outcome.details if outcome.orderly else []
@@ -322,3 +327,11 @@ def _chaos_facts(chaos: ChaosPlan | None, outcome: Outcome) -> dict[str, Any] | 
     if chaos is None:
         return None
     return {"kills": outcome.kills, "every_ms": chaos.every_ns / 1e6, "for_s": chaos.for_ns / 1e9}
+
+
+def _log_warnings(run_dir: RunDir) -> list[str]:
+    """Which input logs do not reach the end of the run."""
+    found = [
+        (path, inputlog.ended_early(path)) for path in sorted((run_dir.path / inputlog.FOLDER).glob("*"))
+    ]
+    return [f"the input log of {path.stem} ends early: {why}" for path, why in found if why]

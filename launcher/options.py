@@ -110,6 +110,15 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
+def add_log_inputs(parser: argparse.ArgumentParser) -> None:
+    """For commands whose runs can be executed again."""
+    parser.add_argument(
+        "--log-inputs",
+        action="store_true",
+        help="record what the host is told and reads, for the replay command (needs --out)",
+    )
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Machine-readable output."""
     parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")

@@ -355,6 +355,7 @@ def make_context(config: Mapping[str, Any], fds: Sequence[int]) -> RunContext:
         events=config["events"],
         lamport=config["lamport"],
         image=config["image"],
+        log_inputs=config["log_inputs"],
     )
 
 

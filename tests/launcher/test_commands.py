@@ -89,7 +89,7 @@ class _Runs:
 
 def _args(**more: Any) -> argparse.Namespace:
     given: dict[str, Any] = {"topology": "quickstart", "changes": [], "out": None, "json": True}
-    given |= {"profile": None, "seconds": None, "seed": None}
+    given |= {"profile": None, "seconds": None, "seed": None, "log_inputs": False}
     given |= {"restart_at_ns": [], "save_at_ns": 0, "image": None, "restore": None}
     return argparse.Namespace(**(given | more))
 
