@@ -2,12 +2,12 @@
 
 A file is a fixed head (magic, version, length of the description, status), the description in msgpack with its checksum, then blocks:
 length, checksum, calls in msgpack. A call is what one `Machine.on` (or `Machine.resume`) was given, what it did outside of itself
-in order (reads with their values, writes, observations: *acts*), and its effects.
+in order (reads with their values, writes, observations: *acts*), and its effects. A block is one msgpack array of calls.
 
 Invariants
 * A block is whole or not there: what was flushed survives the end of the process by any signal.
 * A reader takes the longest prefix of whole blocks and says where and why it stopped; a log of another version, or of other record
-  types, is refused with `UserError`. It never allocates more than a small multiple of BLOCK_BYTES_MAX for one block.
+  types, is refused with `UserError`. It needs memory for one block at a time, bounded by BLOCK_BYTES_MAX and ITEMS_MAX.
 * Writing never ends the run: when the file has reached its limit or the disk is full, the log ends there and its head says so.
 
 Not handled here: what a call means (proto/rerun.py), which types and acts a role has (host/logged.py).
@@ -56,7 +56,8 @@ STATUS_TEXT: Final = {
     STATUS_TOO_LARGE: "a call was too large to be recorded",
 }
 
-FLUSH_BYTES: Final = 64 << 10
+CALLS_PER_BLOCK: Final = 128
+"""Few enough that packing them is no pause (a quarter of a millisecond), enough that a call costs little."""
 BLOCK_BYTES_MAX: Final = 4 << 20
 ITEMS_MAX: Final = 8192
 """Longest list in a block; longer lists of acts are cut into several. Bounds what a forged length can make a reader allocate."""
@@ -107,13 +108,13 @@ class Call(NamedTuple):
 class InputLogWriter:
     """Writes a log. Created by the process that writes."""
 
-    __slots__ = ("_buffer", "_fd", "_last_ns", "_pack", "_size", "path", "status")
+    __slots__ = ("_calls", "_fd", "_last_ns", "_pack", "_size", "path", "status")
 
     def __init__(self, path: Path, description: Description) -> None:
         """Create ``path`` (must not exist). UserError when that is impossible."""
         self.path = path
         self.status = STATUS_OPEN
-        self._buffer = bytearray()
+        self._calls: list[Any] = []
         self._last_ns = 0
         self._pack = msgpack.Packer(default=operator.index, autoreset=True).pack
         body = msgpack.packb(tuple(description))
@@ -131,25 +132,35 @@ class InputLogWriter:
     def append(
         self, machine: int, kind: int, now_ns: int, inputs: Any, acts: Sequence[Any], effects: Any
     ) -> None:
-        """Add one call; ``effects`` is a string when the machine raised. Written with the next full block or `flush`."""
+        """Add one call; ``effects`` is a string when the machine raised. Packed and written with CALLS_PER_BLOCK others, or by `flush`.
+
+        ``acts`` is copied, everything else must not change any more.
+        """
         if self.status != STATUS_OPEN:
             return
-        chunks = [acts[i : i + ITEMS_MAX] for i in range(0, len(acts), ITEMS_MAX)]
-        data = self._pack((machine, kind, now_ns - self._last_ns, inputs, chunks, effects))
+        chunks = [acts[:]] if len(acts) <= ITEMS_MAX else _chunks(acts)
+        self._calls.append((machine, kind, now_ns - self._last_ns, inputs, chunks, effects))
         self._last_ns = now_ns
-        if len(data) > BLOCK_BYTES_MAX - FLUSH_BYTES or max(len(chunks), len(effects)) > ITEMS_MAX:
-            self._end(STATUS_TOO_LARGE)
-            return
-        self._buffer += data
-        if len(self._buffer) >= FLUSH_BYTES:
+        if len(self._calls) >= CALLS_PER_BLOCK:
             self.flush()
 
     def flush(self) -> None:
         """Hand what was added to the kernel: from here it survives the process."""
-        if not self._buffer or self.status != STATUS_OPEN:
+        calls, self._calls = self._calls, []
+        if calls:
+            self._write(calls)
+
+    def _write(self, calls: list[Any]) -> None:
+        if self.status != STATUS_OPEN:
             return
-        payload = bytes(self._buffer)
-        self._buffer.clear()
+        payload = self._pack(calls)
+        if len(payload) > BLOCK_BYTES_MAX and len(calls) > 1:
+            self._write(calls[: len(calls) // 2])
+            self._write(calls[len(calls) // 2 :])
+            return
+        if len(payload) > BLOCK_BYTES_MAX or any(_too_long(call) for call in calls):
+            self._end(STATUS_TOO_LARGE)
+            return
         block = BLOCK.pack(len(payload), xxhash.xxh3_64_intdigest(payload)) + payload
         if self._size + len(block) > LOG_BYTES_MAX:
             self._end(STATUS_FULL)
@@ -174,10 +185,7 @@ class InputLogWriter:
 
     def _end(self, status: int) -> None:
         """Nothing is recorded after this. The word lies in a block of the disk that exists already."""
-        if status == STATUS_TOO_LARGE:
-            self.flush()
         self.status = status
-        self._buffer.clear()
         with suppress(OSError):
             os.pwrite(self._fd, struct.pack("<Q", status), STATUS_AT)
 
@@ -222,22 +230,16 @@ class InputLog:
         if self._status != STATUS_CLOSED:
             self.note = self.status
         while payload := self._read_block(at):
-            unpacker = msgpack.Unpacker(
-                use_list=False, max_buffer_size=len(payload), max_array_len=ITEMS_MAX, max_map_len=0, max_ext_len=0,
-            )  # fmt: skip
-            unpacker.feed(payload)
-            whole = 0
             try:
-                for plain in unpacker:
+                block = msgpack.unpackb(
+                    payload, use_list=False, max_array_len=ITEMS_MAX, max_map_len=0, max_ext_len=0
+                )
+                for plain in block:
                     call = _call(plain, number + 1, now_ns, len(self.description.machines))
                     number, now_ns = call.number, call.now_ns
-                    whole = unpacker.tell()
                     yield call
             except (ValueError, TypeError, msgpack.UnpackException) as error:
                 self._damaged(at, f"what is no call: {str(error) or type(error).__name__}")
-                return
-            if whole != len(payload):
-                self._damaged(at, "a call that is cut")
                 return
             at += BLOCK.size + len(payload)
 
@@ -303,6 +305,16 @@ def ended_early(path: Path) -> str:
 
 def _sum(data: bytes) -> bytes:
     return struct.pack("<Q", xxhash.xxh3_64_intdigest(data))
+
+
+def _chunks(acts: Sequence[Any]) -> list[Sequence[Any]]:
+    return [acts[i : i + ITEMS_MAX] for i in range(0, len(acts), ITEMS_MAX)]
+
+
+def _too_long(call: Any) -> bool:
+    """Whether a call has more inputs, effects or chunks of acts than a reader takes."""
+    _, _, _, inputs, chunks, effects = call
+    return any(isinstance(part, list) and len(part) > ITEMS_MAX for part in (inputs, chunks, effects))
 
 
 def _call(plain: Any, number: int, last_ns: int, machines: int) -> Call:

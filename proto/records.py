@@ -39,20 +39,20 @@ class RecordTypes:
     ``words``: plain numbers that people read better by name, as in ``{"Exit.reason": ExitReason}``; only `show` looks at it.
     """
 
-    __slots__ = ("_known", "_numbers", "_readers", "_words", "classes")
+    __slots__ = ("_known", "_readers", "_words", "classes", "numbers")
 
     def __init__(
         self, classes: Iterable[type[Any]], words: Mapping[str, type[IntEnum]] | None = None
     ) -> None:
         self.classes = tuple(classes)
         self._words = words or {}
-        self._numbers = {cls: number for number, cls in enumerate(self.classes)}
+        self.numbers = {cls: number for number, cls in enumerate(self.classes)}
         self._known: dict[type[Any], Callable[[Any], Any]] = {}
         self._readers = [self._reader(cls) for cls in self.classes]
 
     def plain(self, record: Any) -> tuple[int, Any]:
         """``record`` as (number, fields). Raises MachineError for a type that is not in the set."""
-        number = self._numbers.get(type(record))
+        number = self.numbers.get(type(record))
         if number is None:
             raise MachineError(f"{type(record).__name__} is not among the record types")
         return number, record
@@ -68,12 +68,12 @@ class RecordTypes:
 
     def same(self, plain: Any, record: Any) -> bool:
         """Whether ``plain`` is ``record``. Never raises."""
-        number = self._numbers.get(type(record))
+        number = self.numbers.get(type(record))
         return type(plain) is tuple and len(plain) == 2 and plain[0] == number and plain[1] == record
 
     def shapes(self) -> list[Shape]:
         """The types with a number in their order, then those of their fields."""
-        nested = [cls for cls in self._known if cls not in self._numbers]
+        nested = [cls for cls in self._known if cls not in self.numbers]
         return [(cls.__name__, cls._fields) for cls in (*self.classes, *nested)]
 
     def show(self, record: Any) -> str:

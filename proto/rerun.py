@@ -51,29 +51,42 @@ class Sink(Protocol):
 class InputRecorder:
     """Records the calls of a set of machines. ``acts`` is for their ports."""
 
-    __slots__ = ("_numbers", "_sink", "_types", "acts")
+    __slots__ = ("_machines", "_sink", "_types", "acts")
 
     def __init__(self, types: RecordTypes, sink: Sink) -> None:
         self._types = types
         self._sink = sink
-        self._numbers: dict[Machine, int] = {}
+        self._machines: dict[Machine, int] = {}
         self.acts: list[Any] = []
         """Of the call under way, flat: op code, arguments, results. A port adds each act as it happens."""
 
     def watch(self, machines: Iterable[Machine]) -> None:
         """Number the machines in the order of the log's description."""
         for machine in machines:
-            self._numbers[machine] = len(self._numbers)
+            self._machines[machine] = len(self._machines)
 
     def on(self, machine: Machine, events: Sequence[Any], now_ns: int) -> list[Any]:
         """`Machine.on`, written down."""
-        plain = self._types.plain
-        inputs = [plain(event) for event in events]
-        return self._record(machine, ON, now_ns, inputs, lambda: machine.on(events, now_ns))
+        self.acts.clear()
+        inputs = self._plain(events)
+        try:
+            effects = machine.on(events, now_ns)
+        except Exception as error:
+            self._raised(machine, ON, now_ns, inputs, error)
+            raise
+        self._sink.append(self._machines[machine], ON, now_ns, inputs, self.acts, self._plain(effects))
+        return effects
 
     def resume(self, machine: Machine, index: int, now_ns: int) -> list[Any]:
         """`Machine.resume`, written down."""
-        return self._record(machine, RESUME, now_ns, index, lambda: machine.resume(index, now_ns))
+        self.acts.clear()
+        try:
+            effects = machine.resume(index, now_ns)
+        except Exception as error:
+            self._raised(machine, RESUME, now_ns, index, error)
+            raise
+        self._sink.append(self._machines[machine], RESUME, now_ns, index, self.acts, self._plain(effects))
+        return effects
 
     def parking(self, pick: Callable[[str], bool]) -> Callable[[str], bool]:
         """What to give to `Machine.park_with` instead of ``pick``."""
@@ -86,21 +99,16 @@ class InputRecorder:
 
         return picked
 
-    def _record(
-        self, machine: Machine, kind: int, now_ns: int, inputs: Any, call: Callable[[], list[Any]]
-    ) -> list[Any]:
-        acts = self.acts
-        acts.clear()
-        number = self._numbers[machine]
+    def _plain(self, records: Iterable[Any]) -> list[Any]:
+        numbers = self._types.numbers
         try:
-            effects = call()
-        except Exception as error:
-            self._sink.append(number, kind, now_ns, inputs, acts, raised_text(error))
-            self._sink.flush()
-            raise
-        plain = self._types.plain
-        self._sink.append(number, kind, now_ns, inputs, acts, [plain(effect) for effect in effects])
-        return effects
+            return [(numbers[type(record)], record) for record in records]
+        except KeyError as error:
+            raise MachineError(f"{error} is not among the record types") from error
+
+    def _raised(self, machine: Machine, kind: int, now_ns: int, inputs: Any, error: Exception) -> None:
+        self._sink.append(self._machines[machine], kind, now_ns, inputs, self.acts, raised_text(error))
+        self._sink.flush()
 
 
 class Departure(Exception):  # noqa: N818 - not an error
