@@ -47,6 +47,8 @@ OP_UNMAP: Final = 13
 OP_PICK_VICTIMS: Final = 14
 OP_BUMP: Final = 15
 OP_OLDEST: Final = 16
+OP_PAGE: Final = 17
+OP_WRITE_PAGE: Final = 18
 
 OPS: Final = op_table((
     (OP_COUNT, Op("count", ("counter", "n"))),
@@ -65,6 +67,8 @@ OPS: Final = op_table((
     (OP_PICK_VICTIMS, Op("pick_victims", ("vm", "first_gfn", "hand", "want"), "y")),
     (OP_BUMP, Op("bump_generation", ("vm",), "i")),
     (OP_OLDEST, Op("oldest_generation", ("vm", "current"), "i")),
+    (OP_PAGE, Op("page", ("frame",), "y")),
+    (OP_WRITE_PAGE, Op("write_page", ("frame", "page"))),
 ))  # fmt: skip
 
 WORDS: Final[dict[str, type[IntEnum]]] = {"counter": HostCounter, "histogram": HostHist, "kind": Kind}
@@ -150,6 +154,17 @@ class RecordingMemory:
         """See host.memory.VmPort."""
         self._acts += (OP_WRITE32, frame, offset, value)
         self._inner.write32(frame, offset, value)
+
+    def page(self, frame: int) -> memoryview:
+        """See host.memory.VmPort."""
+        found = self._inner.page(frame)
+        self._acts += (OP_PAGE, frame, bytes(found))
+        return found
+
+    def write_page(self, frame: int, page: bytes) -> None:
+        """See host.memory.VmPort."""
+        self._acts += (OP_WRITE_PAGE, frame, page)
+        self._inner.write_page(frame, page)
 
     def map(self, vm: int, gfn: int, frame: int, writable: bool) -> None:
         """See host.memory.VmPort."""
@@ -288,6 +303,14 @@ class ReplayingMemory:
     def write32(self, frame: int, offset: int, value: int) -> None:
         """See host.memory.VmPort."""
         self._take(OP_WRITE32, frame, offset, value)
+
+    def page(self, frame: int) -> memoryview:
+        """See host.memory.VmPort."""
+        return memoryview(self._take(OP_PAGE, frame)[0])
+
+    def write_page(self, frame: int, page: bytes) -> None:
+        """See host.memory.VmPort."""
+        self._take(OP_WRITE_PAGE, frame, page)
 
     def map(self, vm: int, gfn: int, frame: int, writable: bool) -> None:
         """See host.memory.VmPort."""

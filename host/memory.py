@@ -68,6 +68,14 @@ class VmPort(Protocol):
         """Store an aligned 32-bit word into a frame."""
         ...
 
+    def page(self, frame: int) -> memoryview:
+        """The 4096 bytes of a frame."""
+        ...
+
+    def write_page(self, frame: int, page: bytes) -> None:
+        """Fill a frame with 4096 bytes."""
+        ...
+
     def map(self, vm: int, gfn: int, frame: int, writable: bool) -> None:
         """Install a nested leaf."""
         ...

@@ -232,7 +232,7 @@ class InputLog:
         while payload := self._read_block(at):
             try:
                 block = msgpack.unpackb(
-                    payload, use_list=False, max_array_len=ITEMS_MAX, max_map_len=0, max_ext_len=0
+                    payload, use_list=False, max_array_len=ITEMS_MAX, max_map_len=ITEMS_MAX, max_ext_len=0
                 )
                 for plain in block:
                     call = _call(plain, number + 1, now_ns, len(self.description.machines))

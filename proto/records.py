@@ -1,4 +1,5 @@
-"""Event and effect records as plain values and back: NamedTuples of ints, bools, strings, IntEnums and such NamedTuples.
+"""Event and effect records as plain values and back: NamedTuples of ints, bools, strings, bytes, IntEnums, tuples of these, and such
+NamedTuples. A field of type ``dict[str, Any]`` is plain already.
 
 A record travels as ``(type number, fields)``; nested records as their fields alone, since the type of a field is known. What a type
 looks like (`RecordTypes.shapes`) goes into the header of whatever holds records, so that a reader of another version refuses it.
@@ -109,21 +110,42 @@ class RecordTypes:
         return read
 
     def _value_reader(self, hint: Any, where: str) -> Callable[[Any], Any]:
-        if isinstance(hint, types.UnionType):
-            inner = [part for part in typing.get_args(hint) if part is not type(None)]
-            if len(inner) == 1:
-                reader = self._value_reader(inner[0], where)
-                return lambda value: None if value is None else reader(value)
-        if hint is int:
-            # A flag is an int, too, where the code says so.
-            return _checked((int, bool), where)
-        if hint in (bool, str):
-            return _checked((hint,), where)
         if isinstance(hint, type) and issubclass(hint, IntEnum):
             return _enum_reader(hint, where)
         if isinstance(hint, type) and hasattr(hint, "_fields"):
             return self._reader(hint)
-        raise MachineError(f"{where}: a record field cannot be a {hint}")
+        origin, parts = typing.get_origin(hint), typing.get_args(hint)
+        if origin is tuple:
+            return self._tuple_reader(parts, where)
+        inner = [part for part in parts if part is not type(None)]
+        if isinstance(hint, types.UnionType) and len(inner) == 1:
+            reader = self._value_reader(inner[0], where)
+            return lambda value: None if value is None else reader(value)
+        allowed = _PLAIN.get(hint)
+        if allowed is None:
+            raise MachineError(f"{where}: a record field cannot be a {hint}")
+        return _checked(allowed, where)
+
+    def _tuple_reader(self, parts: Sequence[Any], where: str) -> Callable[[Any], Any]:
+        any_length = parts[-1] is Ellipsis
+        readers = [self._value_reader(part, where) for part in parts if part is not Ellipsis]
+
+        def read(value: Any) -> Any:
+            if type(value) is not tuple or not (any_length or len(value) == len(readers)):
+                raise RecordError(f"{where} is {type(value).__name__}, not a tuple of that length")
+            of_each = readers * len(value) if any_length else readers
+            return tuple(reader(part) for reader, part in zip(of_each, value, strict=True))
+
+        return read
+
+
+_PLAIN: Final[dict[Any, tuple[type[Any], ...]]] = {
+    int: (int, bool),  # a flag is an int, too, where the code says so
+    bool: (bool,),
+    str: (str,),
+    bytes: (bytes,),
+    dict[str, Any]: (dict,),
+}
 
 
 def _checked(allowed: tuple[type[Any], ...], where: str) -> Callable[[Any], Any]:
@@ -154,6 +176,8 @@ def show_value(value: Any, words: type[IntEnum] | None = None) -> str:
         return value.name
     if type(value) is int and value >= HEX_FROM:
         return hex(value)
+    if type(value) is tuple:
+        return f"({', '.join(show_value(part) for part in value)})"
     if type(value) is bytes:
         more = f"... {len(value)} bytes" if len(value) > BYTES_SHOWN else ""
         return value[:BYTES_SHOWN].hex() + more

@@ -36,7 +36,14 @@ class Other(NamedTuple):
     number: int
 
 
-SOME = RecordTypes((Outer, Other), {"Other.number": Colour})
+class Many(NamedTuple):
+    pairs: tuple[tuple[int, Colour], ...]
+    inner: tuple[Inner, ...] = ()
+    data: bytes = b""
+    state: dict[str, Any] = {}  # noqa: RUF012 - read only
+
+
+SOME = RecordTypes((Outer, Other, Many), {"Other.number": Colour})
 INNER = st.builds(Inner, st.integers(0, 2**64 - 1), st.text(max_size=5))
 OUTER = st.builds(Outer, st.booleans(), st.sampled_from(Colour), INNER, st.none() | INNER)
 PLAIN = st.recursive(
@@ -59,6 +66,14 @@ def test_a_record_comes_back_with_its_types(record: Outer) -> None:
     assert SOME.same(plain, record)
 
 
+def test_tuples_bytes_and_plain_parts_come_back() -> None:
+    record = Many(((1, Colour.RED), (2, Colour.BLUE)), (Inner(1, "x"),), b"abc", {"msr": 5, "irr": (1, 2)})
+    back = SOME.read(packed(SOME, record))
+    assert back == record
+    assert (type(back.pairs[1][1]), type(back.inner[0])) == (Colour, Inner)
+    assert SOME.show(back).startswith("Many(pairs=((1, RED), (2, BLUE)), inner=(Inner(")
+
+
 @given(OUTER, OUTER)
 def test_other_records_are_not_the_same(one: Outer, two: Outer) -> None:
     assert SOME.same(packed(SOME, one), two) == (one == two)
@@ -77,7 +92,9 @@ def test_whatever_is_no_record_is_refused(plain: Any) -> None:
 
 @pytest.mark.parametrize(
     "plain",
-    [(), (0,), (2, (1,)), (-1, (1,)), (True, (1,)), (1, 1), (1, ()), (1, (1, 2)), (1, ("1",)), (0, (True, 3, (1, "")))],
+    [(), (0,), (3, (1,)), (-1, (1,)), (True, (1,)), (1, 1), (1, ()), (1, (1, 2)), (1, ("1",)), (0, (True, 3, (1, ""), None)),
+     (2, ((1,), (), b"", {})), (2, (((1, 1, 1),), (), b"", {})), (2, (((1, 9),), (), b"", {})),
+     (2, ((), (), "", {})), (2, ((), (), b"", 1))],
 )  # fmt: skip
 def test_each_way_to_be_no_record(plain: Any) -> None:
     with pytest.raises(RecordError):
@@ -86,7 +103,7 @@ def test_each_way_to_be_no_record(plain: Any) -> None:
 
 def test_shapes_name_every_type_once_those_with_numbers_first() -> None:
     shapes = dict(SOME.shapes())
-    assert list(shapes) == ["Outer", "Other", "Inner"]
+    assert list(shapes) == ["Outer", "Other", "Many", "Inner"]
     assert shapes["Outer"] == ("flag", "colour", "inner", "maybe")
 
 
