@@ -39,13 +39,8 @@ from proto.layout import (
     T_FAULT_NS,
     T_IF,
     T_PREEMPT,
-    T_STATE,
     T_TOKEN,
     T_WAKE_NS,
-    TS_HALTING,
-    TS_RUNNABLE,
-    TS_RUNNING,
-    TS_SLEEPING,
     VC_BROADCASTS,
     VC_HALT_TASKS,
     VC_NOT_PRESENT,
@@ -194,12 +189,9 @@ class AsyncPf:
         cpu.acc.event(Kind.G_SLEEP, token, task + 1, task)
         # A full barrier: the state must be visible before "linked" is read. A waker unlinks, then looks at the state; whichever
         # comes second sees the other (spec §2.3).
-        cpu.task_cmpxchg(task, T_STATE, TS_RUNNING, TS_SLEEPING)
+        cpu.task_try(task, "sleep")
         yield "sleep-state-set"
-        if (
-            not cpu.sleepers.linked(task)
-            and cpu.task_cmpxchg(task, T_STATE, TS_SLEEPING, TS_RUNNING) == TS_SLEEPING
-        ):
+        if not cpu.sleepers.linked(task) and cpu.task_try(task, "stay"):
             cpu.task_store(task, T_TOKEN, 0)
             cpu.acc.event(Kind.G_RESUME, token, task + 1)
             return
@@ -216,8 +208,8 @@ class AsyncPf:
     def _halt_until_unlinked(self, node: int, task: int) -> Path:
         cpu = self._cpu
         outer, cpu.halting = cpu.halting, True
-        if task >= 0:
-            cpu.task_store(task, T_STATE, TS_HALTING)
+        if task >= 0 and not outer:
+            cpu.task_move(task, "halt")
         while cpu.sleepers.linked(node):
             if cpu.irr:
                 yield from cpu.take_interrupts()
@@ -229,7 +221,7 @@ class AsyncPf:
                 cpu.acc.interrupts = 0
         cpu.halting = outer
         if task >= 0 and not outer:
-            cpu.task_store(task, T_STATE, TS_RUNNING)
+            cpu.task_move(task, "go_on")
 
     # ---- waking -------------------------------------------------------------------------------------------------------------
     def _ready(self, token: int) -> Path:
@@ -261,7 +253,7 @@ class AsyncPf:
             return
         task = one.node
         cpu.task_store(task, T_WAKE_NS, cpu.now_ns)
-        if cpu.task_cmpxchg(task, T_STATE, TS_SLEEPING, TS_RUNNABLE) != TS_SLEEPING:
+        if not cpu.task_try(task, "wake"):
             return
         home = cpu.task_load(task, T_CPU)
         if home == cpu.config.vcpu_id:

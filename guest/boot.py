@@ -57,10 +57,10 @@ from proto.layout import (
     T_VPN_LEN,
     T_WRITE_Q32,
     TASK_WORDS,
-    TS_RUNNABLE,
     kernel_words,
     task_base,
 )
+from proto.lives import TASK, TaskState
 from proto.topology_keys import Task, Vm
 from proto.units import PAGE_SIZE, WORDS_PER_PAGE
 
@@ -256,7 +256,7 @@ def _check(number: int, spec: TaskSpec, vcpus: int, traces: Sequence[TraceShape]
 def _fill(
     record: U64, spec: TaskSpec, seed: int, number: int, root: int, shadow: int, traces: Sequence[TraceShape]
 ) -> None:
-    record[T_STATE] = TS_RUNNABLE
+    record[T_STATE] = TASK.go(TaskState.UNUSED, "create")
     record[T_CPU] = record[T_HOME] = spec.cpu
     record[T_PROGRAM] = spec.program
     record[T_CR3] = root * PAGE_SIZE

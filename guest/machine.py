@@ -81,11 +81,6 @@ from proto.layout import (
     T_STATE,
     T_TOKEN,
     TASK_WORDS,
-    TS_BARRIER,
-    TS_DONE,
-    TS_KILLED,
-    TS_RUNNABLE,
-    TS_RUNNING,
     VC_BARRIER_VCLOCK_NS,
     VC_BARRIER_WALL_NS,
     VC_BLOCKED_NS,
@@ -116,6 +111,7 @@ from proto.layout import (
     XF_RESTART,
     task_base,
 )
+from proto.lives import TASK
 from proto.machine import Ask, Machine, MachineError, Path
 from proto.port import ArrayPort, MemoryPort
 from proto.trace import Kind
@@ -411,11 +407,11 @@ class GuestCpu(Machine):
             entry = yield from self._exit_from_task(ExitReason.KICK, task, None)
             yield from self._deliver(entry)
         elif code == RUN_DONE:
-            yield from self._retire(task, TS_DONE, 0)
+            yield from self._retire(task, "finish", 0)
         elif code == RUN_BARRIER:
             yield from self._stop_at_barrier(task)
         elif code in _KILLS:
-            yield from self._retire(task, TS_KILLED, _KILLS[code])
+            yield from self._retire(task, "kill", _KILLS[code])
         elif code == RUN_APF_WORD:
             yield from self.apf.word_found()
         elif code == RUN_ABORT:
@@ -434,15 +430,15 @@ class GuestCpu(Machine):
         yield from self._deliver(entry)
 
     def _stop_at_barrier(self, task: int) -> Path:
-        self.task_store(task, T_STATE, TS_BARRIER)
+        self.task_move(task, "arrive")
         self.leave_task()
         self.kernel.add(K_AT_BARRIER, 1)
         yield from self._report_barrier()
         # It may have opened between the task's look and its new state.
         self._reopen_barrier()
 
-    def _retire(self, task: int, state: int, reason: int) -> Path:
-        if state == TS_DONE:
+    def _retire(self, task: int, how: str, reason: int) -> Path:
+        if how == "finish":
             self.acc.add(VC_TASKS_DONE)
             self.acc.event(Kind.TASK_DONE, 0, task + 1, self.task_load(task, T_OPS))
         else:
@@ -451,7 +447,7 @@ class GuestCpu(Machine):
             self.acc.add(VC_TASKS_KILLED)
             self.task_store(task, T_KILL_REASON, reason)
             self.acc.event(Kind.TASK_KILLED, 0, task + 1, reason, self.page.load(VP_X_GVA))
-        self.task_store(task, T_STATE, state)
+        self.task_move(task, how)
         self.leave_task()
         if self.kernel.add(K_DONE, 1) + 1 == self.config.tasks and self.config.hotplug:
             yield from self.hotplug.power_off()
@@ -481,13 +477,13 @@ class GuestCpu(Machine):
             if not self._may_preempt(task):
                 self.page.store(VP_NEED_RESCHED, 1)
                 return
-            self.task_store(task, T_STATE, TS_RUNNABLE)
+            self.task_move(task, "preempt")
         chosen = queue.pick()
         self.page.store(VP_NEED_RESCHED, 0)
         if chosen < 0:
             self.page.store(VP_TASK, 0)
             return
-        self.task_store(chosen, T_STATE, TS_RUNNING)
+        self.task_move(chosen, "pick")
         if chosen != self._last:
             self.acc.add(VC_SWITCHES)
             self.acc.event(Kind.SWITCH, 0, self._last + 1, chosen + 1, self.acc.interrupts)
@@ -518,7 +514,7 @@ class GuestCpu(Machine):
         if not self._may_preempt(task):
             self.queue.need_resched = True
             return False
-        self.task_store(task, T_STATE, TS_RUNNABLE)
+        self.task_move(task, "preempt")
         self.leave_task()
         return True
 
@@ -679,7 +675,7 @@ class GuestCpu(Machine):
         elif entry.inject == Inject.MACHINE_CHECK and self.queue.current >= 0 and not self.halting:
             task = self.queue.current
             self.acc.event(Kind.G_MACHINE_CHECK, 0, task + 1, entry.cr2)
-            yield from self._retire(task, TS_KILLED, KILL_MACHINE_CHECK)
+            yield from self._retire(task, "kill", KILL_MACHINE_CHECK)
         else:
             raise GuestPanicError(f"exception {Inject(entry.inject).name} where no task can take it")
 
@@ -769,6 +765,16 @@ class GuestCpu(Machine):
     def task_store(self, task: int, field: int, value: int) -> None:
         """Set a word of a task record."""
         self.kernel.store(self._base + task * TASK_WORDS + field, value)
+
+    def task_move(self, task: int, event: str) -> None:
+        """Take a task of this CPU along an arrow of proto/lives.py TASK. Raises MachineError."""
+        at = self._base + task * TASK_WORDS + T_STATE
+        self.kernel.store(at, TASK.go(self.kernel.load(at), event))
+
+    def task_try(self, task: int, event: str) -> bool:
+        """The same where another CPU may change the state: False when the task is not at the arrow's beginning. A full barrier."""
+        source, target = TASK.arrow(event)
+        return self.task_cmpxchg(task, T_STATE, source, target) == source
 
     def task_cmpxchg(self, task: int, field: int, expected: int, value: int) -> int:
         """Compare and exchange a word of a task record; a full barrier."""

@@ -11,14 +11,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from functools import cache
 from typing import Final, Protocol
 
 from host.events import CancelFetch, Fetch
 from host.observe import Observer
+from proto.lives import TOKEN, TokenState
 from proto.machine import Path
 from proto.profile import Profile
 from proto.stats import HostCounter
 from proto.trace import Kind
+from proto.transitions import Transitions
 from proto.units import TOKEN_WAKE_ALL
 
 CANCEL_ELIDED: Final = 4
@@ -29,19 +32,29 @@ SETUP_NO_MEMORY: Final = 2
 """Why a set-up failed (trace field of SETUP_FAIL)."""
 
 
+_BEGINS: Final = (TokenState.ALLOCATED, TokenState.DONE)
+"""Of a fault; of a broadcast."""
+
+
+@cache
+def life_of_a_token(profile: Profile) -> Transitions[TokenState]:
+    """The arrows that a profile has."""
+    return TOKEN.under(profile)
+
+
 class Work:
     """One asynchronous fault (or the wake-all pseudo completion)."""
 
     __slots__ = (
         "announced",
         "arrived",
-        "cancelled",
         "cr3",
         "gfn",
         "gpa",
         "gva",
         "hvp",
         "id",
+        "life",
         "started_ns",
         "token",
         "wakeup_all",
@@ -69,13 +82,18 @@ class Work:
         self.cr3 = cr3
         self.write = write
         self.wakeup_all = token == TOKEN_WAKE_ALL
+        self.life = _BEGINS[self.wakeup_all]
+        """Changed by `AsyncPf.move` only."""
         self.announced = False
         """The not-present event was really injected (notpresent_injected)."""
         self.arrived = False
-        self.cancelled = False
-        """Forgotten: whoever still works on it stops at the next step (KVM waits for the worker instead)."""
         self.started_ns = 0
         """When the vCPU left for this fault, monotonic; for latencies only."""
+
+    @property
+    def cancelled(self) -> bool:
+        """Forgotten: whoever still works on it stops at the next step (KVM waits for the worker instead)."""
+        return self.life is TokenState.CANCELLED
 
 
 class ArchHooks(Protocol):
@@ -109,6 +127,7 @@ class AsyncPf:
         "_arch",
         "_cpu",
         "_emit",
+        "_lives",
         "_next_work",
         "_obs",
         "_profile",
@@ -128,6 +147,7 @@ class AsyncPf:
         self._vm = vm
         self._vcpu_id = vcpu_id
         self._profile = profile
+        self._lives = life_of_a_token(profile)
         self._arch = arch
         self._emit = emit
         self._obs = observer
@@ -138,14 +158,20 @@ class AsyncPf:
         self.done: deque[Work] = deque()
         self.queued = 0
 
+    def move(self, work: Work, event: str) -> None:
+        """Take a work item along an arrow of proto/lives.py TOKEN, as far as the profile has it. Raises MachineError."""
+        work.life = self._lives.go(work.life, event)
+
     def setup(self, work_args: Work) -> Path:
         """Queue one fault and start its worker; returns False when it must be handled synchronously (spec §3.2)."""
         work = work_args
         if self._profile.limit and self.queued >= self._profile.limit:
+            self.move(work, "setup_fail")
             self._trace(Kind.SETUP_FAIL, work, a=SETUP_LIMIT, b=work.gfn, c=self.queued)
             self._obs.count(HostCounter.SETUP_FAILED)
             return False
         if not self.can_allocate():
+            self.move(work, "no_memory")
             self._trace(Kind.SETUP_FAIL, work, a=SETUP_NO_MEMORY, b=work.gfn, c=self.queued)
             self._obs.count(HostCounter.SETUP_FAILED)
             return False
@@ -157,8 +183,10 @@ class AsyncPf:
         if self._profile.announce_before_fetch:
             yield from self._arch.not_present(work)
             yield "setup.announced"
+            self.move(work, "fetch")
             self._emit(Fetch(self._cpu, work.id, work.hvp))
         else:
+            self.move(work, "fetch")
             self._emit(Fetch(self._cpu, work.id, work.hvp))
             yield "setup.fetching"
             yield from self._arch.not_present(work)
@@ -173,6 +201,7 @@ class AsyncPf:
         work = self.queue.get(work_id)
         if work is None:
             return
+        self.move(work, "complete")
         work.arrived = True
         first = not self.done
         self.done.append(work)
@@ -194,6 +223,7 @@ class AsyncPf:
             yield from self._arch.page_ready(work)
             yield "dequeue.prefaulted"
             yield from self._arch.page_present(work)
+            self.move(work, "retire")
             self.queue.pop(work.id, None)
             self.queued -= 1
             handed += 1
@@ -210,16 +240,20 @@ class AsyncPf:
     def clear(self, why: int) -> None:
         """Forget everything without telling the guest (disable, reset, power down)."""
         for work in self.queue.values():
-            work.cancelled = True
+            self.move(work, "cancel")
             self._trace(Kind.CANCEL, work, a=why, b=work.gfn)
             if not work.arrived:
                 self._emit(CancelFetch(self._cpu, work.id, work.hvp))
+        for work in self.done:
+            if work.wakeup_all:
+                self.move(work, "cancel")
         self.queue.clear()
         self.done.clear()
         self.queued = 0
 
     def drop_done(self, work: Work) -> None:
         """v3's elision: the page came before its not-present event was delivered (spec §1.8)."""
+        self.move(work, "elide")
         self._trace(Kind.CANCEL, work, a=CANCEL_ELIDED, b=work.gfn)
         self.done.remove(work)
         self.queue.pop(work.id, None)

@@ -25,11 +25,11 @@ import numpy as np
 from host import events as ev
 from host.saving import PageWalk
 from host.slots import Memslot
-from host.vcpu import Where
 from proto import atomics, wire
 from proto.errors import UserError
 from proto.image import ImageReader, ImageWriter
 from proto.layout import CTL_BARRIER, CTL_START_NS
+from proto.lives import Where
 from proto.trace import Kind
 from proto.wire import Nack, WireError
 

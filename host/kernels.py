@@ -13,6 +13,7 @@ import numpy as np
 from proto.atomics import load
 from proto.jit import kernel
 from proto.layout import MODE_IN_GUEST, NPT_A, NPT_D, NPT_P, VP_STATE
+from proto.lives import PageState
 from proto.pagetable import npt_clear, npt_get, npt_set, npt_test_clear_accessed
 from proto.units import WORDS_PER_PAGE
 
@@ -21,22 +22,16 @@ if TYPE_CHECKING:
 
 u64 = np.uint64
 
-# states of a host virtual page (HPT_*): the truth behind every nested entry
-HPT_NONE: Final = 0
-"""Never touched (or its zero-filled page was dropped untouched)."""
-HPT_ZERO: Final = 1
-"""Known to be all zeros, no slot, no frame."""
-HPT_RESIDENT: Final = 2
-HPT_SLOT: Final = 3
-"""On a swap slot only."""
-HPT_READING: Final = 4
-"""Swap-in under way into `frame`, the landing frame; -1 while none is free."""
-HPT_EVICT: Final = 5
-"""Unmapped, waiting for the flush acknowledgements; the frame still holds it."""
-HPT_WRITING: Final = 6
-"""Write-back under way; the frame still holds it."""
-HPT_BAD: Final = 7
-"""Unreadable: poisoned."""
+HPT_NONE: Final = int(PageState.NONE)
+HPT_ZERO: Final = int(PageState.ZERO)
+HPT_RESIDENT: Final = int(PageState.RESIDENT)
+HPT_SLOT: Final = int(PageState.SLOT)
+HPT_READING: Final = int(PageState.READING)
+HPT_EVICT: Final = int(PageState.EVICT)
+HPT_WRITING: Final = int(PageState.WRITING)
+HPT_BAD: Final = int(PageState.BAD)
+"""States of a host virtual page as kernels and columns hold them; meanings and arrows: proto/lives.py PAGE. Kernels go along two of
+the arrows: zero_fill from NONE (`take_block`), unmap (`pick_victims`)."""
 
 F_DIRTY: Final = 1
 """Contents differ from the slot (or there is no slot)."""

@@ -29,7 +29,6 @@ from host.memory import HostMemory, VmMemory
 from host.schedule import Guest, Schedule
 from host.setup import ShellObserver, build_machines, memslots
 from host.swap import op_of
-from host.vcpu import Where
 from proto import atomics, link, wire
 from proto.layout import (
     CTL_ABORT,
@@ -39,6 +38,7 @@ from proto.layout import (
     K_TASKS,
     VP_DOORBELL,
 )
+from proto.lives import Where
 from proto.machine import Machine
 from proto.run import PROC_HOST, RunContext
 from proto.stats import HostCounter, host_block

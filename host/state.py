@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 from host.events import Restored
 from proto import kvm
+from proto.lives import HALT
 from proto.machine import Path
 from proto.profile import Profile
 from proto.trace import Kind
@@ -200,7 +201,8 @@ def _restore_en(m: VcpuMachine, state: VcpuState) -> Path:
 
 
 def _restore_events(m: VcpuMachine, state: VcpuState) -> Path:
-    m.mp_halted = state.mp_state == MpState.HALTED
+    if state.mp_state == MpState.HALTED:
+        m.halt = HALT.go(m.halt, "hlt")
     m.exception = None if state.exception is None else (Inject(state.exception[0]), state.exception[1])
     m.x86.id = state.next_id
     yield "events"

@@ -3,14 +3,12 @@
 It acts on guest state only between an exit and an entry: a vCPU in guest mode is kicked out first, so nothing is ever decided on
 stale state. What blocks in KVM (a synchronous fault, a held shared-area access) holds this vCPU's path, never the host's loop.
 
-States (`Where`): OUT = a path is at work; IN_GUEST = the entry record was sent; BLOCKED = halted, or in a synthetic halt, until
-something makes it runnable, or reset and not started yet; PAUSED = at a save point, for good; OFF = powered down.
+States: `Where` it is and why it does not run (`Halt`), with their arrows in proto/lives.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import IntEnum
 from typing import Any, Final
 
 from host.events import (
@@ -43,6 +41,7 @@ from host.state import MpState, VcpuState, restore
 from host.x86 import CANCEL_DESTROY, REQ_APF_HALT, REQ_APF_READY, REQ_RESET, X86, could_not_map
 from proto.kvm import VECTOR_TIMER
 from proto.layout import XF_KERNEL, XF_RESTART, XF_WRITE
+from proto.lives import HALT, VCPU, Halt, Where
 from proto.machine import Machine, MachineError, Path
 from proto.profile import Profile
 from proto.stats import HostCounter, HostHist
@@ -62,16 +61,6 @@ _COUNTER_OF: Final = {
 _NO_EXIT: Final = Exit(0, 0, ExitReason.BOOT, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
-class Where(IntEnum):
-    """Where the vCPU is, as the host knows it."""
-
-    OUT = 0
-    IN_GUEST = 1
-    BLOCKED = 2
-    OFF = 3
-    PAUSED = 4
-
-
 class VcpuMachine(Machine):
     """One vCPU. ``cpu`` is its global number, ``vcpu_id`` the one inside ``vm``."""
 
@@ -85,11 +74,7 @@ class VcpuMachine(Machine):
         self.obs = observer
         self.lapic = Lapic()
         self.requests = 0
-        self.halted = False
-        """Synthetic halt; never part of mp_state, so that saving the state cannot see it (I37)."""
-        self.mp_halted = False
-        self.mp_init = False
-        """Was reset and waits for its start-up (KVM_MP_STATE_INIT_RECEIVED)."""
+        self.halt = Halt.RUNS
         self._startup_due = False
         """A start-up came while the reset before it still waits for the vCPU to leave guest mode: both are taken then."""
         self._restart = False
@@ -144,6 +129,21 @@ class VcpuMachine(Machine):
     def _answered(self, event: Answer) -> None:
         self.answer(event.ask, event)
 
+    @property
+    def halted(self) -> bool:
+        """Synthetic halt; never part of mp_state, so that saving the state cannot see it (I37)."""
+        return self.halt is Halt.HALTED
+
+    @property
+    def mp_halted(self) -> bool:
+        """The guest executed HLT: mp_state HALTED."""
+        return self.halt is Halt.HLT
+
+    @property
+    def mp_init(self) -> bool:
+        """Was reset and waits for its start-up: mp_state INIT_RECEIVED."""
+        return self.halt is Halt.INIT
+
     # -- one exit ------------------------------------------------------------------------------------------
     def expects_exit(self) -> bool:
         """An exit record is only accepted from a vCPU that was entered (or boots)."""
@@ -151,7 +151,7 @@ class VcpuMachine(Machine):
 
     def _exit_taken(self, event: ExitTaken) -> Path:
         record = event.record
-        self.where = Where.OUT
+        self.where = VCPU.go(self.where, "boot" if self.last_exit is _NO_EXIT else "exit")
         self.last_exit = record
         self._kicked = False
         self.exit_ns = self.now_ns
@@ -170,7 +170,7 @@ class VcpuMachine(Machine):
 
     def _power_down(self) -> Path:
         self.x86.forget(CANCEL_DESTROY)
-        self.where = Where.OFF
+        self.where = VCPU.go(self.where, "power_down")
         self.emit(PoweredDown(self.cpu))
         if self._pausing:
             self.emit(Paused(self.cpu))
@@ -231,7 +231,7 @@ class VcpuMachine(Machine):
         yield "rdmsr"
 
     def _hlt(self, record: Exit) -> Path:  # noqa: ARG002 - all exit handlers take the record
-        self.mp_halted = True
+        self.halt = HALT.go(self.halt, "hlt")
         yield "hlt"
 
     def _ipi(self, record: Exit) -> Path:
@@ -264,10 +264,10 @@ class VcpuMachine(Machine):
                 return
             if self.requests & REQ_APF_HALT:
                 self.requests &= ~REQ_APF_HALT
-                self.halted = True
+                self.halt = HALT.go(self.halt, "apf_halt")
                 self._trace(Kind.HALT_ON, a=1, b=self.last_exit.gpa >> 12)
                 yield "run.halt"
-            if self.halted or self.mp_halted or self.mp_init:
+            if self.halt:
                 if not self.runnable():
                     self._block()
                     return
@@ -300,7 +300,7 @@ class VcpuMachine(Machine):
             return True
         if self.mp_init:
             return False
-        if not (self.halted or self.mp_halted):
+        if not self.halt:
             return True
         if self.x86.apf.done or self.exception is not None or self._poked:
             return True
@@ -309,14 +309,16 @@ class VcpuMachine(Machine):
     def _reset(self) -> Path:
         """kvm_vcpu_reset (spec §1.16): what was outstanding is forgotten, registers and LAPIC are as after power-on."""
         self.requests = 0
-        self.halted = self.mp_halted = False
+        self.halt = HALT.go(self.halt, "reset")
+        if self._startup_due:
+            self.halt = HALT.go(self.halt, "startup")
+        self._startup_due = False
         self.exception = None
         self._poked = False
         self._result = 0
         self.lapic.reset()
         self.x86.reset()
         self.last_exit = self.last_exit._replace(cpl=0, if_=0, shadow=0, pending=0, cr0_pg=0, timer_ns=0)
-        self.mp_init, self._startup_due = not self._startup_due, False
         self._restart = True
         self._trace(Kind.RESET)
         self.emit(WasReset(self.cpu))
@@ -326,11 +328,10 @@ class VcpuMachine(Machine):
         """Every completion ends a halt, also one the guest executed (spec §1.15 rule 7)."""
         if self.halted or self.mp_halted:
             self._trace(Kind.HALT_OFF, a=2)
-        self.halted = False
-        self.mp_halted = False
+            self.halt = HALT.go(self.halt, "go_on")
 
     def _block(self) -> None:
-        self.where = Where.BLOCKED
+        self.where = VCPU.go(self.where, "block")
         self._blocked_since_ns = self.now_ns
         if self.last_exit.timer_ns:
             self._arm(self.exit_ns + self.last_exit.timer_ns)
@@ -338,13 +339,13 @@ class VcpuMachine(Machine):
     def _unblock(self) -> None:
         if self.where is Where.BLOCKED:
             self._held(Held.HALTED if self.halted else Held.IDLE, self.now_ns - self._blocked_since_ns)
-            self.where = Where.OUT
+            self.where = VCPU.go(self.where, "wake")
         elif self.halted:
             # A pending interrupt ends the halt at once. A guest whose clock is behind must know, or it would touch the page again.
             self._held(Held.HALTED, 0)
         self._trace(Kind.HALT_OFF, a=1)
-        self.halted = False
-        self.mp_halted = False
+        if self.halted or self.mp_halted:
+            self.halt = HALT.go(self.halt, "go_on")
 
     def _held(self, kind: Held, held_ns: int) -> None:
         """Remember what kept the vCPU; one kind per entry, the last one (a path never mixes them)."""
@@ -357,7 +358,7 @@ class VcpuMachine(Machine):
             inject, self._restart = Inject.RESET, False
         self.exception = None
         self._poked = False
-        self.where = Where.IN_GUEST
+        self.where = VCPU.go(self.where, "enter")
         self.emit(
             Enter(
                 self.cpu,
@@ -392,7 +393,7 @@ class VcpuMachine(Machine):
         return bool(self.last_exit.flags & XF_RESTART)
 
     def _stop_here(self) -> None:
-        self.where = Where.PAUSED
+        self.where = VCPU.go(self.where, "pause")
         state = self.state()
         self._trace(Kind.STATE_SAVE, a=state.mp_state, b=self.halted, c=self.x86.msr_en)
         self.emit(Paused(self.cpu))
@@ -467,7 +468,7 @@ class VcpuMachine(Machine):
         if self.requests & REQ_RESET:
             self._startup_due = True
         elif self.mp_init:
-            self.mp_init = False
+            self.halt = HALT.go(self.halt, "startup")
             return self._wake()
         return None
 

@@ -68,6 +68,7 @@ from host.slot_change import SlotChange
 from host.slots import UNMAPPED, Memslot, Range, Region, Slots
 from proto.image import Content
 from proto.layout import NPT_D
+from proto.lives import PAGE
 from proto.machine import Machine, MachineError, Path
 from proto.stats import HostCounter
 from proto.trace import Kind
@@ -81,8 +82,9 @@ _NEEDS_FRAME: Final = -1
 
 
 _CONTENT: Final = {HPT_NONE: Content.NONE, HPT_ZERO: Content.ZERO, HPT_BAD: Content.BAD}
-_STATE_OF: Final = {content: state for state, content in _CONTENT.items()}
 """Pages without contents, as images call them."""
+_LOADS: Final = {Content.DATA: "load", Content.ZERO: "load_zero", Content.BAD: "load_bad"}
+"""What loading a page is called in its table; a page that was never touched stays so."""
 
 
 class Limits(NamedTuple):
@@ -194,6 +196,10 @@ class VmMachine(Machine):
         """Whether somebody waits for flush acknowledgements: the shell looks again soon."""
         return self._evicting > 0 or self.change.pending
 
+    def _move(self, hvp: int, event: str) -> None:
+        """Take a page along an arrow of proto/lives.py PAGE. Raises MachineError."""
+        self._state[hvp] = PAGE.go(self._state[hvp], event)
+
     # -- memslots ------------------------------------------------------------------------------------------
     def find_hvp(self, vm: int, gfn: int) -> int:
         """Host virtual page of a gfn, -1 when no memslot backs it."""
@@ -256,10 +262,9 @@ class VmMachine(Machine):
     def _take_back(self, hvp: int, write: bool) -> bool:
         """A page on its way out becomes resident again; True when it was on its way out."""
         state = self._state[hvp]
-        if state == HPT_EVICT:
-            self._state[hvp] = HPT_RESIDENT
-        elif state == HPT_WRITING:
-            self._state[hvp] = HPT_RESIDENT
+        if state != HPT_RESIDENT:
+            self._move(hvp, "take_back")
+        if state == HPT_WRITING:
             self._flags[hvp] |= F_WRITEBACK
         if write and self._flags[hvp] & F_WRITEBACK:
             self._cancel_write(hvp)
@@ -288,7 +293,7 @@ class VmMachine(Machine):
             return Found.ZERO_FILL
         frame = self._take_frame(hvp)
         self.memory.zero(frame)
-        self._state[hvp] = HPT_RESIDENT
+        self._move(hvp, "zero_fill")
         self._flags[hvp] = F_ZEROED
         self.memory.map(vm, gfn, frame, True)
         if not fresh:
@@ -307,7 +312,7 @@ class VmMachine(Machine):
     def _wait_for(self, hvp: int, event: Any) -> None:
         self._waiters.setdefault(hvp, []).append(event)
         if self._state[hvp] == HPT_SLOT:
-            self._state[hvp] = HPT_READING
+            self._move(hvp, "want")
             self._frame[hvp] = -1
             self._read(hvp)
         elif self._state[hvp] != HPT_READING:
@@ -389,7 +394,7 @@ class VmMachine(Machine):
                 return
             frame = self._take_frame(hvp)
             self.memory.zero(frame)
-            self._state[hvp] = HPT_RESIDENT
+            self._move(hvp, "zero_fill")
             self._flags[hvp] = F_ZEROED
         elif self._state[hvp] in (HPT_SLOT, HPT_READING):
             self._wait_for(hvp, event)
@@ -433,10 +438,9 @@ class VmMachine(Machine):
                 self._wait_for(hvp, event)
                 return
             self.memory.write_page(self._take_frame(hvp), event.data)
-            self._state[hvp] = HPT_RESIDENT
             self._flags[hvp] = F_DIRTY
-        else:
-            self._state[hvp] = _STATE_OF[content]
+        if content in _LOADS:
+            self._move(hvp, _LOADS[content])
         self.emit(PageLoaded(hvp))
 
     # -- swap-in -------------------------------------------------------------------------------------------
@@ -453,7 +457,7 @@ class VmMachine(Machine):
         self.obs.trace(Kind.SWAP_IN_DONE, a=hvp, b=event.slot, c=frame)
         self.obs.count(HostCounter.SWAP_IN_PAGES)
         self._read_attempts.pop(hvp, None)
-        self._state[hvp] = HPT_RESIDENT
+        self._move(hvp, "arrive")
         self._flags[hvp] = F_YOUNG
         self._serve(hvp)
 
@@ -469,7 +473,7 @@ class VmMachine(Machine):
             return
         self.obs.count(HostCounter.IO_ERRORS)
         self._read_attempts.pop(event.hvp)
-        self._state[event.hvp] = HPT_BAD
+        self._move(event.hvp, "poison")
         self._frame[event.hvp] = -1
         self._give_frame(event.frame)
         self._serve(event.hvp)
@@ -508,7 +512,15 @@ class VmMachine(Machine):
         hand = self._hands.get(part, 0)
         if part.first_gfn != UNMAPPED:
             hand, found = self.memory.pick_victims(
-                part.vm, self.state, self.flags, part.first_hvp, part.pages, part.first_gfn, hand, want, self._victims
+                part.vm,
+                self.state,
+                self.flags,
+                part.first_hvp,
+                part.pages,
+                part.first_gfn,
+                hand,
+                want,
+                self._victims,
             )
         elif self.change.moving:
             return 0
@@ -553,25 +565,25 @@ class VmMachine(Machine):
         frame, slot, flags = self._frame[hvp], self._slot[hvp], self._flags[hvp]
         if not flags & F_DIRTY and slot >= 0:
             self.obs.count(HostCounter.CLEAN_DROPS)
-            self._drop(hvp, HPT_SLOT)
+            self._drop(hvp, "drop_clean")
         elif not flags & F_DIRTY and flags & F_ZEROED:
-            self._drop(hvp, HPT_NONE)
+            self._drop(hvp, "drop_untouched")
         elif self.limits.zero_pages and self.memory.is_zero(frame):
             self.obs.count(HostCounter.ZERO_OUT)
             if slot >= 0:
                 self._slot[hvp] = -1
                 self._free_slot(slot)
-            self._drop(hvp, HPT_ZERO)
+            self._drop(hvp, "drop_zero")
         else:
-            self._state[hvp] = HPT_WRITING
+            self._move(hvp, "write")
             self._serial += 1
             self._writes[hvp] = self._serial
             self.obs.trace(Kind.SWAP_OUT, a=hvp, b=slot & 0xFFFF_FFFF_FFFF_FFFF, c=frame)
             self.emit(SwapOut(self._serial, hvp, frame, slot, self.memory.checksum(frame)))
 
-    def _drop(self, hvp: int, state: int) -> None:
+    def _drop(self, hvp: int, why: str) -> None:
         frame = self._frame[hvp]
-        self._state[hvp] = state
+        self._move(hvp, why)
         self._flags[hvp] = 0
         self._frame[hvp] = -1
         self._give_frame(frame)
@@ -590,7 +602,7 @@ class VmMachine(Machine):
         self.obs.trace(Kind.SWAP_OUT_DONE, a=hvp, b=event.slot, c=event.frame)
         self._slot[hvp] = event.slot
         if self._state[hvp] == HPT_WRITING:
-            self._drop(hvp, HPT_SLOT)
+            self._drop(hvp, "written")
         else:
             # Taken back and only read since: clean, with a valid slot. Its nested entry stays read-only until the next store,
             # which faults once and finds nothing to cancel.
@@ -610,7 +622,8 @@ class VmMachine(Machine):
         hvp = event.hvp
         self.swap_full = self.swap_full or event.full
         self._slot[hvp] = -1
-        self._state[hvp] = HPT_RESIDENT
+        if self._state[hvp] == HPT_WRITING:
+            self._move(hvp, "keep")
         self._flags[hvp] = (self._flags[hvp] | F_DIRTY | F_YOUNG) & ~F_WRITEBACK
 
     def _free_slot(self, slot: int) -> None:

@@ -126,6 +126,7 @@ class X86:
 
     def not_present(self, work: Work) -> Path:
         """Announce the fault: shared word and #PF where it can be delivered, otherwise the synthetic halt."""
+        self.apf.move(work, "announce")
         self.trace(Kind.ASYNC_PF_NOT_PRESENT, token=work.token, a=work.gpa, b=work.cr3, c=DIRECT_MAP)
         if self.profile.gfn_hash:
             self.hash.add(work.gfn)
@@ -209,6 +210,7 @@ class X86:
         token = TOKEN_WAKE_ALL if work.wakeup_all else work.token
         if self.profile.gfn_hash and not work.wakeup_all:
             self.hash.remove(work.gfn)
+        self.apf.move(work, "ready")
         self.trace(Kind.ASYNC_PF_READY, token=token, a=work.gpa, b=self.apf.queued)
         wanted = work.wakeup_all or work.announced or not self.profile.ready_needs_announced
         if wanted and self.enabled:

@@ -25,10 +25,10 @@ from host import events as ev
 from host.machine_reset import from_command
 from host.memory import HostMemory, VmMemory
 from host.slots import Memslot
-from host.vcpu import Where
 from host.vm import Limits
 from proto.events import Kind
 from proto.layout import CTL_BARRIER, CTL_STOP, npt_tables
+from proto.lives import Where
 from proto.machine import MachineError
 from proto.profile import PROFILES
 from proto.run import PROC_HOST

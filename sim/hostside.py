@@ -18,8 +18,9 @@ from host.memory import HostMemory
 from host.observe import Observer
 from host.slots import Memslot
 from host.swap import SwapMachine
-from host.vcpu import VcpuMachine, Where
+from host.vcpu import VcpuMachine
 from host.vm import Limits, VmMachine
+from proto.lives import Where
 from proto.machine import Machine
 from proto.profile import Profile
 

@@ -27,10 +27,11 @@ from host.machine_reset import MachineReset, from_command
 from host.memory import HostMemory, VmMemory
 from host.slots import Memslot, Region
 from host.swap import SwapMachine
-from host.vcpu import VcpuMachine, Where
+from host.vcpu import VcpuMachine
 from host.vm import Limits, VmMachine
 from proto.events import Kind
 from proto.layout import MODE_IN_GUEST, MODE_OUTSIDE, NPT_D, VP_STATE, npt_tables
+from proto.lives import Where
 from proto.machine import Machine
 from proto.profile import Profile
 from proto.units import PAGE_SIZE, WORDS_PER_PAGE

@@ -33,9 +33,9 @@ from guest.machine import GuestCpu
 from guest.mmu import OK, flush, make_vcpu
 from guest.run import kernel_access32, kernel_clear_page, vcpu_run
 from host import events as ev
-from host.vcpu import Where
 from proto import layout as L  # noqa: N812 - a table of constants
 from proto.events import Kind
+from proto.lives import Where
 from proto.profile import PROFILES
 from proto.stats import BLOCK_WORDS, StatsBlock
 from proto.wire import Inject

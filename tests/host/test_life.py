@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from host import events as ev
-from host.vcpu import Where
 from host.x86 import CANCEL_RESET
 from proto import kvm
 from proto.layout import APF_AREA_GPA
+from proto.lives import Where
 from proto.trace import Kind
 from proto.wire import HC_RESET, ExitReason, Inject
 from tests.host.harness import Bench

@@ -10,6 +10,7 @@ import pytest
 
 from host.shell import HostShell
 from proto import link, segments, wire
+from proto.lives import DaemonState
 from proto.run import RunContext, SwapFileInfo
 from proto.stats import HostCounter
 from proto.topology import Host, Run, Topology, Vm
@@ -71,7 +72,7 @@ def test_a_successor_whose_hello_overtakes_the_reports_is_admitted_after_the_fen
     assert len(shell.answers(wire.Welcome)) == 1
     shell.say(link.LAUNCHER_ID, wire.DaemonFenced(0, 0))
     assert shell.answers(wire.Welcome)[-1].epoch == 1
-    assert shell.swap.daemons[0].up
+    assert shell.swap.daemons[0].state is DaemonState.UP
     assert shell.answers(wire.NackMsg) == []
 
 

@@ -8,10 +8,10 @@ import pytest
 
 from host import events as ev
 from host.state import RESTORE_ORDER, MpState, VcpuState, save_list
-from host.vcpu import Where
 from proto import kvm
 from proto.image import Content
 from proto.layout import XF_RESTART
+from proto.lives import Where
 from proto.machine import MachineError
 from proto.profile import PROFILES
 from proto.stats import HostCounter

@@ -8,10 +8,11 @@ from typing import Any, Final
 
 from host.async_pf import AsyncPf
 from host.events import Fetched
-from host.vcpu import VcpuMachine, Where
+from host.vcpu import VcpuMachine
 from host.x86 import CANCEL_DISABLE, REQ_APF_READY, X86
 from proto import kvm
 from proto.events import Kind
+from proto.lives import Where
 from proto.machine import Path
 from proto.profile import MAINLINE, V7
 from proto.wire import ExitReason, Inject
@@ -60,6 +61,7 @@ def reads_pending_first(self: AsyncPf, work_id: int) -> Path:
     x86: Any = self._arch
     pending = x86.pageready_pending
     yield "zoo.pending-read"
+    self.move(work, "complete")
     work.arrived = True
     first = not self.done
     self.done.append(work)
