@@ -78,6 +78,7 @@ class Replayed(NamedTuple):
             "effects": self.rerun.effects,
             "acts": self.rerun.acts,
             "events_per_s": round(self.rerun.events / self.seconds) if self.seconds else 0,
+            "raised": self.rerun.raised,
             "same": difference is None,
             "difference": None if difference is None else difference._asdict(),
         }
@@ -196,6 +197,8 @@ def render(found: Replayed) -> str:
         ("same", f"{rerun.calls:,} calls, {rerun.effects:,} effects, {rerun.acts:,} reads, writes and observations"),
         ("speed", f"{rate:,.0f} events/s"),
     ]  # fmt: skip
+    if rerun.raised:
+        rows.append(("raised", f"then and now, in call {rerun.calls:,}: {rerun.raised}"))
     lines = [f"{name:<{WIDTH}}{text}" for name, text in rows]
     difference = found.difference
     if difference is None:

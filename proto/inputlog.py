@@ -121,7 +121,7 @@ class InputLogWriter:
         data = HEAD.pack(MAGIC, VERSION, len(body), STATUS_OPEN) + body + _sum(body)
         self._size = len(data)
         try:
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(mode=0o700, exist_ok=True)
             self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             os.write(self._fd, data)
         except OSError as error:

@@ -202,17 +202,6 @@ class Difference(NamedTuple):
     before: list[tuple[int, list[str]]]
 
 
-class Result(NamedTuple):
-    """How far a rerun came. ``acts``: reads, writes and observations; ``note``: why the log ended early, or ""."""
-
-    calls: int
-    events: int
-    effects: int
-    acts: int
-    difference: Difference | None
-    note: str
-
-
 class Rerun:
     """Runs machines again. ``machines`` in the order of the log's description, fresh, with ports that ask ``tape``."""
 
@@ -232,6 +221,8 @@ class Rerun:
         self._before: list[deque[Call]] = [deque(maxlen=BEFORE) for _ in machines]
         self._start_ns = 0
         self.calls = self.events = self.effects = self.acts = 0
+        self.raised = ""
+        """What the last call raised, then and now."""
         if parks:
             for machine in machines:
                 machine.park_with(lambda step: bool(tape.take(OP_PARK, step)[0]))
@@ -251,6 +242,7 @@ class Rerun:
             if difference is not None:
                 return difference
             self._before[call.machine].append(call)
+            self.raised = call.raised
             self.calls += 1
             self.acts += self._tape.taken
             self.effects += len(call.effects)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,18 @@ from host.logged import (
     RecordingObserver,
     ReplayingMemory,
     ReplayingObserver,
+    build_for_replay,
+    machine_names,
+    start_recording,
 )
 from host.memory import HostMemory, VmMemory, VmPort
 from host.observe import Observer
+from proto.inputlog import InputLog, path_of
 from proto.layout import npt_tables
-from proto.rerun import Departure, Tape
+from proto.machine import MachineError
+from proto.rerun import Departure, Rerun, Tape
 from proto.stats import HostCounter, HostHist
+from proto.topology import Topology
 from proto.trace import Kind
 from tests.host.harness import Recorder
 
@@ -177,3 +184,32 @@ def test_every_record_of_the_events_module_has_a_number() -> None:
     }
     assert {cls.__name__ for cls in TYPES.classes} == names
     assert len(names) > 25
+
+
+def test_a_host_that_died_of_a_bug_dies_of_it_again(tmp_path: Path) -> None:
+    """The log ends with the call that raised; the machine raises the same when it is run again."""
+    task = {"workload": "uniform", "memory_kib": 64}
+    vm_table = {"vcpus": 1, "memory_mib": 8, "task": [task]}
+    topology = Topology.from_dict({"host": {"allowance_mib": 2}, "vm": [vm_table], "swapd": [{}]})
+    memory = HostMemory(
+        np.zeros(topology.allowance_pages * 512, np.uint64), np.zeros(512, np.uint64),
+        [VmMemory(np.zeros(npt_tables(2048) * 512, np.uint64), np.zeros(512, np.uint64), 0, 1)],
+    )  # fmt: skip
+    slots = topology.swapd_pages()
+    recording = start_recording(tmp_path, "run", topology, slots, memory, Recorder())
+    vm, swap, _ = recording.machines
+    on = recording.recorder.on
+    on(swap, (ev.DaemonUp(0, 0),), 1)
+    on(vm, (ev.GetPage(0, 1, 0, 5, True, ev.Gup.WAIT),), 2)
+    with pytest.raises(MachineError, match="swap-in of page 5"):
+        on(vm, (ev.SwapInDone(5, 0, 0, True, 0),), 3)
+    # Not closed: the process is gone.
+    log = InputLog(path_of(tmp_path, "host"))
+    tape = Tape(OPS)
+    machines = build_for_replay(topology, slots, tape).all()
+    again = Rerun(machines, machine_names(topology), TYPES, tape, parks=False)
+    assert again.run(log.calls()) is None
+    assert (again.calls, log.note) == (3, "not closed: its process was killed")
+    assert again.raised.startswith("MachineError: swap-in of page 5")
+    log.close()
+    recording.log.close()

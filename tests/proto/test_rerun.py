@@ -63,7 +63,7 @@ def test_what_the_machine_raised_is_part_of_the_log_and_survives_without_closing
     with pytest.raises(MachineError, match="thirteen"):
         told.recorder.on(told.machines[1], [Add(0)], 2)
     again, found = run_again(tmp_path / "log.bin")
-    assert (again.calls, found) == (2, None)
+    assert (again.calls, found, again.raised) == (2, None, "MachineError: thirteen")
     told.log.close()
 
 
