@@ -220,18 +220,18 @@ class Recording(NamedTuple):
 
 
 def start_recording(
-    run_dir: Path,
+    folder: Path,
     run_id: str,
     topology: Topology,
     slots: Sequence[int],
     memory: HostMemory,
     observer: Observer,
 ) -> Recording:
-    """Build the host's machines with ports that record, and the log beside the run's events. Raises UserError."""
+    """Build the host's machines with ports that record, and the log in ``folder``. Raises UserError."""
     names = machine_names(topology)
     shapes = tuple(TYPES.shapes())
     log = InputLogWriter(
-        inputlog.path_of(run_dir, ROLE), Description(ROLE, run_id, names, shapes, OPS, parks=False)
+        folder / f"{ROLE}{inputlog.SUFFIX}", Description(ROLE, run_id, names, shapes, OPS, parks=False)
     )
     recorder = InputRecorder(TYPES, log)
     port, observed = RecordingMemory(memory, recorder.acts), RecordingObserver(observer, recorder.acts)

@@ -183,7 +183,12 @@ class HostShell:
         self.recording: Recording | None = None
         if self.ctx.log_inputs:
             self.recording = start_recording(
-                self.ctx.run_dir, self.ctx.run_id, topology, slots, self.memory, self.obs
+                self.ctx.run_dir / self.ctx.log_inputs,
+                self.ctx.run_id,
+                topology,
+                slots,
+                self.memory,
+                self.obs,
             )
             self.vm, self.swap, self.vcpus = self.recording.machines
             self._on = self.recording.recorder.on

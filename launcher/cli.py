@@ -336,6 +336,13 @@ def _add_replay(parser: argparse.ArgumentParser) -> None:
         "--role", choices=("host",), default="host", help="whose machines to run again (default: host)"
     )
     parser.add_argument(
+        "--part",
+        type=options.positive_count,
+        default=1,
+        metavar="K",
+        help="which set of processes of a run with --restart-at (default: 1)",
+    )
+    parser.add_argument(
         "--until", type=options.positive_count, metavar="N", help="stop after call number N (default: all)"
     )
     parser.add_argument(

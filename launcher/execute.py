@@ -183,6 +183,7 @@ class _Run:
                 "events": events_folder(number),
                 "lamport": self.carried.lamport,
                 "image": str(image or ""),
+                "log_inputs": inputlog.folder(number) if options.log_inputs else "",
             }
             zygote.send_setup(config, _descriptors(made))
             start_ns = self.outcome.start_ns
@@ -263,7 +264,6 @@ def _config(
         "swap_files": [[file.slots, file.direct, file.filesystem, file.engine] for file in made.swap_files],
         "traces": [[trace.path, trace.pages, trace.accesses] for trace in made.traces],
         "trace_bytes": options.trace_bytes,
-        "log_inputs": options.log_inputs,
         "roles": dict(options.roles),
     }
 
@@ -331,7 +331,5 @@ def _chaos_facts(chaos: ChaosPlan | None, outcome: Outcome) -> dict[str, Any] | 
 
 def _log_warnings(run_dir: RunDir) -> list[str]:
     """Which input logs do not reach the end of the run."""
-    found = [
-        (path, inputlog.ended_early(path)) for path in sorted((run_dir.path / inputlog.FOLDER).glob("*"))
-    ]
-    return [f"the input log of {path.stem} ends early: {why}" for path, why in found if why]
+    found = [(path, inputlog.ended_early(path)) for path in inputlog.logs(run_dir.path)]
+    return [f"the input log {path.parent.name}/{path.name} ends early: {why}" for path, why in found if why]

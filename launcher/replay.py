@@ -87,7 +87,7 @@ class Replayed(NamedTuple):
 def cmd_replay(args: argparse.Namespace) -> int:
     """Replay and report."""
     shown = None if args.show is None or args.json else args.show
-    found = replay(args.run_dir, args.role, args.until, shown)
+    found = replay(args.run_dir, args.role, args.until, shown, args.part)
     if args.json:
         print(json.dumps(found.plain(), indent=2))
     else:
@@ -95,12 +95,14 @@ def cmd_replay(args: argparse.Namespace) -> int:
     return OK if found.difference is None else DIFFERENT
 
 
-def replay(run_dir: Path, role_name: str, until: int | None = None, shown: range | None = None) -> Replayed:
-    """Run the machines of a role again; prints the calls in ``shown``. Raises UserError."""
+def replay(
+    run_dir: Path, role_name: str, until: int | None = None, shown: range | None = None, part: int = 1
+) -> Replayed:
+    """Run the machines of a role again; prints the calls in ``shown``. ``part``: set of processes. Raises UserError."""
     role = ROLES[role_name]
     record = _run_record(run_dir)
     topology, slots = _topology(run_dir, record), _slots(run_dir, record)
-    log = InputLog(inputlog.path_of(run_dir, role_name))
+    log = InputLog(inputlog.path_of(run_dir, role_name, part))
     try:
         names = role.names(topology)
         _check(log, role, role_name, names, str(record.get("run_id")))

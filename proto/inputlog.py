@@ -290,9 +290,19 @@ class InputLog:
             raise UserError("an input log whose description is damaged", where=where) from error
 
 
-def path_of(run_dir: Path, role: str) -> Path:
-    """Where a role's log lies."""
-    return run_dir / FOLDER / f"{role}{SUFFIX}"
+def folder(number: int) -> str:
+    """Folder of the logs of a run's set of processes number 1, 2, ...: each restart of a run begins a new one."""
+    return FOLDER if number == 1 else f"{FOLDER}-{number}"
+
+
+def path_of(run_dir: Path, role: str, number: int = 1) -> Path:
+    """Where a role's log of a set of processes lies."""
+    return run_dir / folder(number) / f"{role}{SUFFIX}"
+
+
+def logs(run_dir: Path) -> list[Path]:
+    """Every input log of a run."""
+    return sorted(run_dir.glob(f"{FOLDER}/*{SUFFIX}")) + sorted(run_dir.glob(f"{FOLDER}-*/*{SUFFIX}"))
 
 
 def ended_early(path: Path) -> str:

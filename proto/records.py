@@ -1,5 +1,5 @@
 """Event and effect records as plain values and back: NamedTuples of ints, bools, strings, bytes, IntEnums, tuples of these, and such
-NamedTuples. A field of type ``dict[str, Any]`` is plain already.
+NamedTuples. A field of type ``dict[str, Any]`` is plain already, with lists where others have tuples.
 
 A record travels as ``(type number, fields)``; nested records as their fields alone, since the type of a field is known. What a type
 looks like (`RecordTypes.shapes`) goes into the header of whatever holds records, so that a reader of another version refuses it.
@@ -69,8 +69,14 @@ class RecordTypes:
 
     def same(self, plain: Any, record: Any) -> bool:
         """Whether ``plain`` is ``record``. Never raises."""
-        number = self.numbers.get(type(record))
-        return type(plain) is tuple and len(plain) == 2 and plain[0] == number and plain[1] == record
+        if type(plain) is not tuple or len(plain) != 2 or plain[0] != self.numbers.get(type(record)):
+            return False
+        if plain[1] == record:
+            return True
+        try:
+            return bool(self.read(plain) == record)
+        except RecordError:
+            return False
 
     def shapes(self) -> list[Shape]:
         """The types with a number in their order, then those of their fields."""
@@ -121,6 +127,8 @@ class RecordTypes:
         if isinstance(hint, types.UnionType) and len(inner) == 1:
             reader = self._value_reader(inner[0], where)
             return lambda value: None if value is None else reader(value)
+        if hint == dict[str, Any]:
+            return _dict_reader(where)
         allowed = _PLAIN.get(hint)
         if allowed is None:
             raise MachineError(f"{where}: a record field cannot be a {hint}")
@@ -144,7 +152,6 @@ _PLAIN: Final[dict[Any, tuple[type[Any], ...]]] = {
     bool: (bool,),
     str: (str,),
     bytes: (bytes,),
-    dict[str, Any]: (dict,),
 }
 
 
@@ -155,6 +162,21 @@ def _checked(allowed: tuple[type[Any], ...], where: str) -> Callable[[Any], Any]
         return value
 
     return read
+
+
+def _dict_reader(where: str) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        if type(value) is not dict:
+            raise RecordError(f"{where} is {type(value).__name__}, not dict")
+        return _with_lists(value)
+
+    return read
+
+
+def _with_lists(value: Any) -> Any:
+    if type(value) is dict:
+        return {key: _with_lists(part) for key, part in value.items()}
+    return [_with_lists(part) for part in value] if type(value) is tuple else value
 
 
 def _enum_reader(enum: type[IntEnum], where: str) -> Callable[[Any], Any]:

@@ -58,8 +58,8 @@ class RunContext:
     """Counters of this set of processes begin above it."""
     image: str = ""
     """Path of the image that this set of processes goes on from; "" = from the boot."""
-    log_inputs: bool = False
-    """Record what the host's machines are told, read and do (proto/inputlog.py)."""
+    log_inputs: str = ""
+    """Folder in the run directory for what the host's machines are told, read and do (proto/inputlog.py); "" = not recorded."""
 
     def trace(self, name: str, proc: int) -> TraceWriter:
         """The event file of this process: ``NAME.bin`` in its folder of the run directory."""

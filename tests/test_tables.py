@@ -17,8 +17,8 @@ from proto.trace import Kind
 from proto.transitions import Transitions
 from proto.wire import ExitReason
 from tests.arrows import Seen, of_table, watched
-from tests.guest import test_apf, test_machine
-from tests.host import test_swap, test_vcpu, test_vm
+from tests.guest import test_apf, test_machine, test_registers
+from tests.host import test_state, test_swap, test_vcpu, test_vm
 from tests.host.harness import Bench
 from tests.host.test_vcpu import GFN, swapped
 
@@ -101,6 +101,11 @@ SHOWN_BY: Final[tuple[Callable[[], None], ...]] = (
     test_vm.test_full_swap_with_faults_waiting_is_said_and_not_a_hang,
     test_vm.test_store_during_write_back_cancels_the_slot_until_the_reply,
     test_vm.test_zero_fill_is_synchronous_and_populates_a_block,
+    test_state.test_a_running_vcpu_is_kicked_and_stops_at_its_exit,
+    test_state.test_an_idle_vcpu_stops_where_it_is,
+    test_state.test_pages_without_contents_stay_so,
+    test_state.test_memory_is_saved_while_most_of_it_is_on_swap,
+    lambda: test_registers.test_halting_task_halts_on_in_a_fresh_cpu("v7"),
     test_swap.test_death_before_hello,
     test_swap.test_unanswered_requests_are_sent_again_only_after_fence_and_new_epoch,
     test_machine.test_barrier_holds_tasks_until_all_are_there,

@@ -196,7 +196,7 @@ def test_a_host_that_died_of_a_bug_dies_of_it_again(tmp_path: Path) -> None:
         [VmMemory(np.zeros(npt_tables(2048) * 512, np.uint64), np.zeros(512, np.uint64), 0, 1)],
     )  # fmt: skip
     slots = topology.swapd_pages()
-    recording = start_recording(tmp_path, "run", topology, slots, memory, Recorder())
+    recording = start_recording(tmp_path / "inputs", "run", topology, slots, memory, Recorder())
     vm, swap, _ = recording.machines
     on = recording.recorder.on
     on(swap, (ev.DaemonUp(0, 0),), 1)

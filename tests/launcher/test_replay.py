@@ -120,6 +120,22 @@ def test_a_killed_daemon_is_replayed(tmp_path: Path) -> None:
     assert {"DaemonUp", "DaemonLost", "DaemonFenced"} <= kinds
 
 
+@pytest.mark.timeout(300)
+def test_each_set_of_processes_of_a_restarted_run_is_replayed(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    topology = tmp_path / "small.toml"
+    topology.write_text(TOPOLOGY.replace("ops = 1000", "").replace("ops = 600", ""))
+    ended = launch(
+        "run", str(topology), "--seconds", "1.5", "--restart-at", "700ms", "--log-inputs", "--out", str(out)
+    )
+    assert ended.returncode == 0, ended.stderr
+    parts = [replay.replay(out, "host", part=part) for part in (1, 2)]
+    assert [(part.difference, part.note) for part in parts] == [(None, "")] * 2
+    assert all(part.rerun.effects > 500 for part in parts)
+    with pytest.raises(UserError, match="no input log there"):
+        replay.replay(out, "host", part=3)
+
+
 # -- a changed rule ------------------------------------------------------------------------------------------
 def first_call(run: Path, wanted: str) -> tuple[int, str]:
     """(number, machine) of the first recorded call with ``wanted`` in the words for what it did."""

@@ -64,7 +64,7 @@ def _config(run_dir: Path) -> dict[str, Any]:
         "events": "events",
         "image": "",
         "lamport": 0,
-        "log_inputs": False,
+        "log_inputs": "",
         "roles": ROLES,
     }
 

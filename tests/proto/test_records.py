@@ -67,9 +67,13 @@ def test_a_record_comes_back_with_its_types(record: Outer) -> None:
 
 
 def test_tuples_bytes_and_plain_parts_come_back() -> None:
-    record = Many(((1, Colour.RED), (2, Colour.BLUE)), (Inner(1, "x"),), b"abc", {"msr": 5, "irr": (1, 2)})
+    record = Many(
+        ((1, Colour.RED), (2, Colour.BLUE)), (Inner(1, "x"),), b"abc", {"msr": 5, "irr": [1, [2, {"a": []}]]}
+    )
     back = SOME.read(packed(SOME, record))
     assert back == record
+    assert SOME.same(packed(SOME, record), record)
+    assert not SOME.same(packed(SOME, record), record._replace(state={"msr": 5, "irr": [1]}))
     assert (type(back.pairs[1][1]), type(back.inner[0])) == (Colour, Inner)
     assert SOME.show(back).startswith("Many(pairs=((1, RED), (2, BLUE)), inner=(Inner(")
 
