@@ -183,7 +183,9 @@ class Restoring:
         meta = self._image.meta
         self._elapsed_ns: int = meta["elapsed_ns"]
         self._vcpus: list[dict[str, Any]] = meta["vcpus"]
-        shell.vm.slots.replace([Memslot(*slot) for slot in meta["memslots"]])
+        slots = [Memslot(*slot) for slot in meta["memslots"]]
+        if slots != shell.vm.slots.all():
+            shell.vm.slots.replace(slots)
         shell.writer.observe(meta["lamport"])
 
     @property

@@ -82,12 +82,41 @@ def successor_dies_before_the_fence() -> None:
     bench.feed(bench.swap, ev.DaemonUp(0, 2))
 
 
+def no_memory_for_the_item() -> None:
+    """The set-up fails for want of memory."""
+    bench = swapped()
+    bench.vcpus[0].x86.apf.can_allocate = lambda: False
+    assert bench.touch(GFN) is None
+    bench.serve()
+    assert bench.obs.kinds(Kind.SETUP_FAIL) == [Kind.SETUP_FAIL]
+
+
+def resets() -> None:
+    """While it executes HLT, while it waits for its start-up, and started in between."""
+    bench = Bench()
+    bench.boot()
+    vcpu = bench.vcpus[0]
+    bench.exit()
+    bench.feed(vcpu, ev.Reset(0))
+    bench.exit(reason=ExitReason.HLT)
+    assert vcpu.mp_init
+    bench.feed(vcpu, ev.Reset(0))
+    assert vcpu.mp_init
+    bench.feed(vcpu, ev.Startup(0))
+    assert vcpu.where is Where.IN_GUEST
+    bench.feed(vcpu, ev.Reset(0))
+    bench.exit()
+    assert vcpu.mp_init
+
+
 SHOWN_BY: Final[tuple[Callable[[], None], ...]] = (
     page_comes_before_v3_tells,
     disabled_with_a_completion_waiting,
     powers_down,
     zeros_are_touched_again,
     successor_dies_before_the_fence,
+    no_memory_for_the_item,
+    resets,
     test_vcpu.test_v3_has_no_hash_and_queues_again,
     test_vcpu.test_sixty_four_outstanding_then_block,
     test_vcpu.test_disable_cancels_everything,
