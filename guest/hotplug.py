@@ -37,6 +37,7 @@ from proto.layout import (
     T_CPU,
     T_CR3,
     T_HOME,
+    T_LAMPORT,
     T_STATE,
     T_VRUNTIME_NS,
     TS_DONE,
@@ -147,6 +148,8 @@ class Hotplug:
         cpu.acc.event(Kind.TASK_MOVED, 0, task + 1, to)
         # The new queue lifts it to its own floor.
         cpu.task_store(task, T_VRUNTIME_NS, 0)
+        # The new CPU may find the task before any message of this one reaches it.
+        cpu.task_store(task, T_LAMPORT, cpu.acc.trace.lamport)
         cpu.task_store(task, T_CPU, to)
 
     def _send_home(self) -> Path:

@@ -76,6 +76,7 @@ from proto.layout import (
     T_FAULT_NS,
     T_IF,
     T_KILL_REASON,
+    T_LAMPORT,
     T_OPS,
     T_PREEMPT,
     T_STATE,
@@ -484,6 +485,9 @@ class GuestCpu(Machine):
             self.page.store(VP_TASK, 0)
             return
         self.task_move(chosen, "pick")
+        if lamport := self.task_load(chosen, T_LAMPORT):
+            self.acc.trace.observe(lamport)
+            self.task_store(chosen, T_LAMPORT, 0)
         if chosen != self._last:
             self.acc.add(VC_SWITCHES)
             self.acc.event(Kind.SWITCH, 0, self._last + 1, chosen + 1, self.acc.interrupts)

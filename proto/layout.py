@@ -254,6 +254,8 @@ T_TRACE: Final = 45
 """Replay: which of the VM's traces (their order is that of guest.boot.Plan.traces)."""
 T_HOME: Final = 46
 """The CPU that the task was placed on. It goes back there when that CPU has been offline and returns."""
+T_LAMPORT: Final = 47
+"""Lamport counter of the CPU that gave the task away, handed over with it; 0: nobody did since it ran last."""
 
 # programs (T_PROGRAM); T_PC 0 is always the first step, PC_BARRIER steps wait for the start barrier
 P_BM_MAIN: Final = 1

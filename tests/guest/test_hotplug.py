@@ -253,3 +253,16 @@ def test_a_cpu_that_does_not_answer_ends_the_run(monkeypatch: pytest.MonkeyPatch
     machine.want(reboots=1)
     with pytest.raises(GuestPanicError, match="do not answer"):
         machine.run()
+
+
+def test_a_moved_task_brings_the_clock_of_the_cpu_that_gave_it_away() -> None:
+    """Otherwise its next event could stand before its wake-up in the merged order (I40)."""
+    machine = WholeMachine(stamps(4, 2))
+    started(machine)
+    machine.cpu[1].acc.trace.lamport += 1_000_000
+    machine.want(offline=[1])
+    machine.run(lambda: all(machine.word(task, L.T_CPU) == 0 for task in range(4)))
+    moved = {task: machine.word(task, L.T_LAMPORT) for task in (1, 3)}
+    assert all(lamport > 1_000_000 for lamport in moved.values())
+    machine.run(lambda: not any(machine.word(task, L.T_LAMPORT) for task in (1, 3)))
+    finish(machine)
