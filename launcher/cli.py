@@ -379,6 +379,24 @@ def cmd_zoo(args: argparse.Namespace) -> int:
     return zoo.cmd_zoo(args)
 
 
+def _add_keys(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Make CURVE key pairs for links that leave this machine: NAME.key, which is secret, and NAME.pub for the other side."
+        " A swap daemon elsewhere needs one pair, each host that uses it another."
+    )
+    parser.add_argument("names", nargs="+", metavar="NAME", help="whose keys: as in daemon host")
+    parser.add_argument(
+        "--out", type=Path, default=Path("keys"), metavar="DIR", help="the folder, mode 0700 (default: keys)"
+    )
+
+
+def cmd_keys(args: argparse.Namespace) -> int:
+    """`keys NAME...`: key pairs for links that leave this machine."""
+    from launcher import keys
+
+    return keys.cmd_keys(args)
+
+
 def cmd_topologies(args: argparse.Namespace) -> int:
     """`topologies`: the ready-made ones, one line each."""
     from launcher import commands
@@ -419,6 +437,7 @@ COMMANDS = (
     Command("zoo", "put known bugs back in and see which rule notices", _add_zoo, cmd_zoo),
     Command("check", "check the events of a run against KVM's invariants", _add_check, cmd_check),
     Command("replay", "run a recorded host again and compare what it does", _add_replay, cmd_replay),
+    Command("keys", "make key pairs for links that leave this machine", _add_keys, cmd_keys),
     Command("topologies", "list the ready-made topologies", _no_arguments, cmd_topologies),
     Command(
         "test",
