@@ -26,6 +26,7 @@ from host.image import Restoring, Saving
 from host.logged import Recording, start_recording
 from host.machine_reset import MachineReset, from_command
 from host.memory import HostMemory, VmMemory
+from host.remote import RemoteDaemons
 from host.schedule import Guest, Schedule
 from host.setup import ShellObserver, build_machines, memslots
 from host.swap import op_of
@@ -204,7 +205,7 @@ class HostShell:
         ]
         self.schedule = Schedule(topology.event, guests, self.vm.slots, self.resets)
         self.obs.gauge(HostCounter.EVENTS_SCHEDULED, len(topology.event))
-        self.daemons = [Daemon(d.transport == "tcp") for d in topology.swapd]
+        self.daemons = [Daemon(d.transport == "tcp" or bool(d.connect)) for d in topology.swapd]
 
     def _sockets(self) -> None:
         link.raise_descriptor_limit(64 + 4 * self.topology.total_vcpus)
@@ -214,6 +215,16 @@ class HostShell:
             self.router.bind(self.ctx.tcp_endpoint)
         self.poller = zmq.Poller()
         self.poller.register(self.router, zmq.POLLIN)
+        slots = [file.slots for file in self.ctx.swap_files]
+        self.remote = RemoteDaemons(
+            self,
+            self.context,
+            self.poller,
+            self.topology,
+            slots,
+            self._feed,
+            lambda why: self._to_launcher(wire.Failed(why)),
+        )
 
     # -- the loop ------------------------------------------------------------------------------------------
     def loop(self) -> None:
@@ -222,6 +233,7 @@ class HostShell:
             now = time.monotonic_ns()
             if self.poller.poll(self._timeout_ms(now)):
                 self._drain()
+                self.remote.drain()
             now = time.monotonic_ns()
             self._due(now)
             if self.vm.grace_pending:
@@ -319,10 +331,15 @@ class HostShell:
             self._refuse(identity, WireError(Nack.STRANGER, "not a peer of this run"))
             return
         try:
-            message = wire.decode(parts[1])
-            self._messages.get(type(message), self._not_expected)(peer, identity, message, parts[2:])
+            self.dispatch(peer, identity, wire.decode(parts[1]), parts[2:])
         except WireError as error:
             self._refuse(identity, error)
+
+    def dispatch(
+        self, peer: tuple[str, int, int], identity: bytes, message: Message, extra: Sequence[bytes]
+    ) -> None:
+        """Handle a message of a peer. WireError for what the peer may not say."""
+        self._messages.get(type(message), self._not_expected)(peer, identity, message, extra)
 
     def _refuse(self, identity: bytes, error: WireError) -> None:
         self.obs.count(HostCounter.BAD_MESSAGES)
@@ -347,10 +364,14 @@ class HostShell:
                 self._send(identity, wire.Welcome(0, 0))
             else:
                 self.restoring.hello(number)
-        elif kind == "S" and message.role == wire.Role.SWAPD and number < len(self.daemons):
+        elif kind == "S" and message.role == wire.Role.SWAPD and self._is_ours(number):
             self._daemon_hello(number, epoch, identity)
         else:
             raise WireError(Nack.STRANGER, f"no {kind}{number} in this run")
+
+    def _is_ours(self, number: int) -> bool:
+        """Whether the launcher starts that daemon; one elsewhere does not come by itself."""
+        return number < len(self.daemons) and number not in self.remote.daemons
 
     def _daemon_hello(self, number: int, epoch: int, identity: bytes) -> None:
         daemon = self.daemons[number]
@@ -366,9 +387,10 @@ class HostShell:
             # It overtook the launcher's reports about its predecessor, which come over another connection.
             daemon.early = identity, epoch
         else:
-            self._admit(number, identity, epoch)
+            self.admit(number, identity, epoch)
 
-    def _admit(self, number: int, identity: bytes, epoch: int) -> None:
+    def admit(self, number: int, identity: bytes, epoch: int) -> None:
+        """An incarnation of a daemon is up: whatever came before it is fenced."""
         daemon = self.daemons[number]
         daemon.identity, daemon.epoch, daemon.up = identity, epoch, True
         daemon.next_epoch = epoch + 1
@@ -470,7 +492,7 @@ class HostShell:
         daemon.fenced = True
         self._feed(self.swap, ev.DaemonFenced(message.daemon, message.epoch))
         if daemon.early is not None:
-            self._admit(message.daemon, *daemon.early)
+            self.admit(message.daemon, *daemon.early)
 
     def _daemon_gone(
         self, peer: tuple[str, int, int], identity: bytes, message: wire.DaemonGone, _: Sequence[bytes]
@@ -498,6 +520,8 @@ class HostShell:
     # -- sending -------------------------------------------------------------------------------------------
     def _send(self, identity: bytes, message: Message, pages: Sequence[memoryview] = ()) -> bool:
         """False when the peer is gone or reads nothing: the protocol's own bounds and re-sends deal with that."""
+        if (elsewhere := self.remote.by_name.get(identity)) is not None:
+            return elsewhere.send(message, pages)
         try:
             if pages:
                 self.router.send_multipart([identity, wire.encode(message), *pages], zmq.NOBLOCK)
@@ -543,7 +567,9 @@ class HostShell:
 
     def _heartbeat(self, now: int) -> None:
         for number, daemon in enumerate(self.daemons):
-            if not daemon.up:
+            if number in self.remote.daemons:
+                self.remote.heartbeat(number, now)
+            if not daemon.up or number in self.remote.daemons:
                 continue
             daemon.ping_nonce += 1
             self._send(daemon.identity, wire.Ping(daemon.epoch, daemon.ping_nonce))
@@ -658,6 +684,7 @@ class HostShell:
         self.writer.close()
         if self.recording is not None:
             self.recording.log.close()
+        self.remote.close()
         self.router.close()
         self.context.term()
 

@@ -397,6 +397,76 @@ def cmd_keys(args: argparse.Namespace) -> int:
     return keys.cmd_keys(args)
 
 
+def _add_swapd(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        'Run a swap daemon for hosts elsewhere; their topology says [[swapd]] connect = "tcp://ADDR:PORT".'
+        " It serves one host at a time, until Ctrl-C. Beyond loopback it needs --key and --allow."
+    )
+    parser.add_argument("--listen", required=True, metavar="tcp://ADDR:PORT", help="where hosts connect to")
+    parser.add_argument(
+        "--file",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="the swap file: made if there is none, and kept",
+    )
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
+        "--size",
+        type=options.positive_count,
+        metavar="MIB",
+        dest="size_mib",
+        help="size of a new file in MiB (default: 1024)",
+    )
+    size.add_argument(
+        "--slots", type=options.positive_count, default=0, metavar="N", help="the same in pages of 4 KiB"
+    )
+    parser.add_argument(
+        "--key", type=Path, metavar="FILE", help="this daemon's key pair, as of `launch.py keys`"
+    )
+    parser.add_argument(
+        "--allow",
+        type=Path,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="public keys of the hosts that may connect; nobody else gets in",
+    )
+    parser.add_argument(
+        "--model", metavar="NAME", help="add a modelled service time, as in model of [[swapd]]"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="changes",
+        help="any other key of [[swapd]], as in engine=pread; may be repeated",
+    )
+    parser.add_argument(
+        "--seed",
+        type=options.seed_number,
+        default=1,
+        metavar="N",
+        help="seed of the service times (default: 1)",
+    )
+    parser.add_argument(
+        "--restart-limit",
+        type=options.positive_count,
+        default=1000,
+        metavar="N",
+        help="how often the process may be replaced after it died (default: 1000)",
+    )
+
+
+def cmd_swapd(args: argparse.Namespace) -> int:
+    """`swapd --listen ADDR --file F`: a swap daemon for hosts elsewhere."""
+    from launcher import swapd_alone
+
+    return swapd_alone.cmd_swapd(args)
+
+
 def cmd_topologies(args: argparse.Namespace) -> int:
     """`topologies`: the ready-made ones, one line each."""
     from launcher import commands
@@ -437,6 +507,7 @@ COMMANDS = (
     Command("zoo", "put known bugs back in and see which rule notices", _add_zoo, cmd_zoo),
     Command("check", "check the events of a run against KVM's invariants", _add_check, cmd_check),
     Command("replay", "run a recorded host again and compare what it does", _add_replay, cmd_replay),
+    Command("swapd", "run a swap daemon for hosts elsewhere", _add_swapd, cmd_swapd),
     Command("keys", "make key pairs for links that leave this machine", _add_keys, cmd_keys),
     Command("topologies", "list the ready-made topologies", _no_arguments, cmd_topologies),
     Command(

@@ -88,7 +88,7 @@ def execute(topology: Topology, options: RunOptions, signals: Signals, progress:
     began_ns = time.monotonic_ns()
     traces = resources.check_traces(topology)
     options.moves.check(topology)
-    needs_disk = any(not daemon.directory and not daemon.allow_tmpfs for daemon in topology.swapd)
+    needs_disk = any(not (d.directory or d.allow_tmpfs or d.connect) for d in topology.swapd)
     run_dir = rundir.create(options.out, on_disk=needs_disk)
     run = _Run(topology, traces, options, run_dir, signals, progress, began_ns)
     try:
@@ -269,7 +269,9 @@ def _config(
 
 
 def _descriptors(made: Resources) -> list[int]:
-    return [segment.fd for segment in made.segments.values()] + [file.fd for file in made.swap_files]
+    return [segment.fd for segment in made.segments.values()] + [
+        file.fd for file in made.files if file is not None
+    ]
 
 
 def _tcp_endpoint(topology: Topology) -> str:

@@ -145,6 +145,8 @@ class Lifecycle:
     bounds: Bounds = field(default_factory=Bounds)
     save_at_ns: int = 0
     """Measured time at which everything is saved, which ends this set of processes; 0: never."""
+    elsewhere: frozenset[int] = frozenset()
+    """Daemons that somebody else starts and watches: no process of the run is theirs."""
     phase: Phase = Phase.STARTING
     start_ns: int = 0
     """When the barrier opened; 0 before."""
@@ -177,7 +179,7 @@ class Lifecycle:
         match message:
             case wire.HostReady() if self.phase is Phase.STARTING:
                 self.phase = Phase.FILLING
-                daemons = [Child("swapd", d, 0) for d in range(len(self._daemons))]
+                daemons = [Child("swapd", d, 0) for d in range(len(self._daemons)) if d not in self.elsewhere]
                 for daemon in self._daemons:
                     daemon.started_ns = now_ns
                 return [Fork([*daemons, *(Child("vcpu", cpu, 0) for cpu in range(self.vcpus))])]

@@ -20,7 +20,7 @@ from guest import boot
 from proto import segments
 from proto.errors import UserError
 from proto.layout import ALLOC_FIRST_GFN
-from proto.run import ReplayTrace, SwapFileInfo
+from proto.run import ELSEWHERE, ReplayTrace, SwapFileInfo
 from proto.segments import Segment
 from proto.topology import PAGES_PER_MIB, Topology, process_pages
 from proto.tracefile import TraceInfo, expand_into, open_trace, views
@@ -37,7 +37,8 @@ class Resources:
     """Everything `prepare` made. `traces` are in the order of the segments trace-0, trace-1, ..."""
 
     segments: dict[str, Segment] = field(default_factory=dict)
-    files: list[swapfile.SwapFile] = field(default_factory=list)
+    files: list[swapfile.SwapFile | None] = field(default_factory=list)
+    """By daemon; None for one elsewhere, whose file is there."""
     swap_files: list[SwapFileInfo] = field(default_factory=list)
     traces: list[ReplayTrace] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -45,7 +46,8 @@ class Resources:
     def close(self) -> None:
         """Give everything back; views of segments must not be used any more."""
         for file in self.files:
-            file.close()
+            if file is not None:
+                file.close()
         for segment in self.segments.values():
             segment.close()
         self.files.clear()
@@ -91,6 +93,12 @@ def prepare(topology: Topology, traces: Mapping[str, TraceInfo], run_dir: Path) 
 def _create_swap_files(topology: Topology, run_dir: Path, made: Resources) -> None:
     fences: dict[Path, swapfile.FenceProbe] = {}
     for d, (daemon, slots) in enumerate(zip(topology.swapd, topology.swapd_pages(), strict=True)):
+        if daemon.connect:
+            made.files.append(None)
+            made.swap_files.append(
+                SwapFileInfo(-1, slots, direct=False, filesystem=ELSEWHERE, engine=ELSEWHERE)
+            )
+            continue
         folder = topology.resolve_path(daemon.directory) if daemon.directory else run_dir
         try:
             file = swapfile.create(

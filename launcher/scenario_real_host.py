@@ -109,8 +109,9 @@ class ScenarioHost(HostShell):
         self.layouts = Layouts(self.topology.vm[0].memory_mib * PAGES_PER_MIB)
 
     # -- set-up --------------------------------------------------------------------------------------------
-    def _admit(self, number: int, identity: bytes, epoch: int) -> None:
-        super()._admit(number, identity, epoch)
+    def admit(self, number: int, identity: bytes, epoch: int) -> None:
+        """The first one is followed by the set-up of the scenario."""
+        super().admit(number, identity, epoch)
         if self._setting_up is None:
             self._route()
             self._setting_up = part.on_swap(self.scenario)

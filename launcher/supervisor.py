@@ -123,7 +123,12 @@ class Supervisor:
         self._chaos = chaos
         limits = [daemon.restart_limit for daemon in topology.swapd]
         self._life = Lifecycle(
-            topology.total_vcpus, limits, topology.run.seconds, bounds or Bounds(), save_at_ns
+            topology.total_vcpus,
+            limits,
+            topology.run.seconds,
+            bounds or Bounds(),
+            save_at_ns,
+            elsewhere=frozenset(d for d, daemon in enumerate(topology.swapd) if daemon.connect),
         )
         self._watch = Watch(resources.segments)
         # An observer writes to no eventfd; their number says how many vCPUs there are.
@@ -251,6 +256,7 @@ class Supervisor:
                 case Fence(daemon):
                     try:
                         file = self._resources.files[daemon]
+                        assert file is not None, f"swapd-{daemon} is not this machine's to fence"
                         swapfile.fence(file.fd, file.size_bytes)
                     except (OSError, swapfile.SwapFileError) as error:
                         self._perform(self._life.fail(f"the fence of swapd-{daemon} failed: {error}"))

@@ -55,7 +55,7 @@ from launcher.zygote_link import (
     Child,
 )
 from proto import pcpu, segments
-from proto.run import ReplayTrace, RunContext, SwapFileInfo
+from proto.run import ELSEWHERE, ReplayTrace, RunContext, SwapFileInfo
 from proto.topology import Topology
 
 PR_SET_PDEATHSIG: Final = 1
@@ -332,10 +332,13 @@ def _own_log(run_dir: Path, name: str) -> None:
 
 
 def make_context(config: Mapping[str, Any], fds: Sequence[int]) -> RunContext:
-    """The run as the roles see it. ``fds``: one descriptor per segment, then one per swap file, in the configuration's order."""
+    """The run as the roles see it. ``fds``: one descriptor per segment, then one per swap file here, in order."""
     sizes, files = config["segments"], config["swap_files"]
-    if len(fds) != len(sizes) + len(files):
-        raise ValueError(f"{len(fds)} descriptors for {len(sizes)} segments and {len(files)} swap files")
+    # The file of a daemon elsewhere is there, too.
+    here = [file[-1] != ELSEWHERE for file in files]
+    if len(fds) != len(sizes) + sum(here):
+        raise ValueError(f"{len(fds)} descriptors for {len(sizes)} segments and {sum(here)} swap files")
+    file_fds = iter(fds[len(sizes) :])
     mapped = {
         name: segments.attach(name, fd, size)
         for (name, size), fd in zip(sizes, fds[: len(sizes)], strict=True)
@@ -349,7 +352,10 @@ def make_context(config: Mapping[str, Any], fds: Sequence[int]) -> RunContext:
         topology=topology,
         segments=mapped,
         eventfds=pcpu.make_eventfds(topology.total_vcpus),
-        swap_files=[SwapFileInfo(fd, *rest) for fd, rest in zip(fds[len(sizes) :], files, strict=True)],
+        swap_files=[
+            SwapFileInfo(next(file_fds) if is_here else -1, *rest)
+            for is_here, rest in zip(here, files, strict=True)
+        ],
         traces=[ReplayTrace(*trace) for trace in config["traces"]],
         trace_bytes=config["trace_bytes"],
         events=config["events"],
@@ -363,7 +369,8 @@ def restrict(context: RunContext, child: Child) -> RunContext:
     """In a child: close and unmap what its role must not have; returns the context without it."""
     if child.role != "swapd":
         for file in context.swap_files:
-            os.close(file.fd)
+            if file.fd >= 0:
+                os.close(file.fd)
         return dataclasses.replace(
             context, swap_files=[dataclasses.replace(file, fd=-1) for file in context.swap_files]
         )
@@ -374,7 +381,7 @@ def restrict(context: RunContext, child: Child) -> RunContext:
     for fd in context.eventfds:
         os.close(fd)
     for k, file in enumerate(context.swap_files):
-        if k != child.number:
+        if k != child.number and file.fd >= 0:
             os.close(file.fd)
     return dataclasses.replace(
         context,

@@ -15,11 +15,13 @@ PROC_HOST = 0
 PROC_VCPU = 1
 PROC_SWAPD = 2000
 PROC_LAUNCHER = 3000
+ELSEWHERE = "elsewhere"
+"""File system and engine of a daemon on another machine, as far as this one knows."""
 
 
 @dataclass(frozen=True, slots=True)
 class SwapFileInfo:
-    """One daemon's swap file: inherited descriptor, size, whether it is open for direct I/O."""
+    """One daemon's swap file: inherited descriptor (-1: not this process's), size, whether it is open for direct I/O."""
 
     fd: int
     slots: int

@@ -42,6 +42,7 @@ from proto.topology_keys import (
     Vm,
 )
 from proto.topology_page import reference_page
+from proto.topology_remote import check_key_files, check_remote
 from proto.units import ASYNC_PF_PER_VCPU, MAX_VCPUS, PAGE_SIZE
 
 __all__ = [
@@ -211,6 +212,7 @@ def _complete(raw: dict[str, Any], source: Source, file: str, *, check_files: bo
     _check_vms(topology, source)
     _check_host(topology, source)
     check_events(topology.run, topology.vm, topology.event, [pages_needed(vm) for vm in topology.vm], source)
+    check_remote(topology.swapd, source)
     if check_files:
         _check_files(topology, source)
     return topology
@@ -317,6 +319,7 @@ def _check_files(topology: Topology, source: Source) -> None:
                 daemon.directory,
                 "an existing one",
             )
+    check_key_files(topology.swapd, topology.resolve_path)
 
 
 if __name__ == "__main__":

@@ -312,3 +312,22 @@ class Swapd:
         only=_unless("model", MODELS, "none"),
     )
     restart_limit: int = key(1000, "Restarts allowed in one run.", low=0, high=1_000_000)
+    connect: str = key(
+        "",
+        "Address tcp://HOST:PORT of a daemon elsewhere (`launch.py swapd`); empty: the run has its own.",
+    )
+    server_key: str = key(
+        "",
+        "With connect: file with the daemon's public key, relative to the topology's folder; needed beyond loopback.",
+    )
+    give_up_seconds: float = key(
+        60.0,
+        "With connect: the run ends when nothing was heard of the daemon for this long.",
+        unit="s",
+        low=1,
+        high=86_400,
+    )
+    key: str = key(
+        "",
+        "With connect: file with this host's key pair, relative to the topology's folder; needed beyond loopback.",
+    )

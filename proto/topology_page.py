@@ -99,7 +99,8 @@ the other workloads only the checksum of each page at swap-in is checked.
 """
 _SWAPD_NOTE = """
 A topology without a `[[swapd]]` gets one with the defaults. A model delays the completion of the real read
-and never replaces it.
+and never replaces it. With `connect` the daemon is started elsewhere (docs/remote.md), and only `size_mib`, `key`, `server_key` and
+`give_up_seconds` apply beside it: the rest is the business of `launch.py swapd`.
 """
 _EVENT_NOTE = """
 A topology without an `[[event]]` has none. Events of one guest happen one after the other: each waits for the one before it, also

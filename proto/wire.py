@@ -43,6 +43,8 @@ class Kind(IntEnum):
     PING = 22
     PONG = 23
     MODEL = 24
+    ATTACH = 25
+    OFFER = 26
     HOST_READY = 30
     STARTED = 31
     FINISHED = 32
@@ -125,6 +127,8 @@ class Nack(IntEnum):
     NOT_EXPECTED = 6
     STALE_EPOCH = 7
     STRANGER = 8
+    BUSY = 9
+    """The daemon works for another host."""
 
 
 class Hello(NamedTuple):
@@ -255,6 +259,21 @@ class Model(NamedTuple):
     on: int
 
 
+class Attach(NamedTuple):
+    """Host to a daemon elsewhere: work for me. ``session``: drawn by the host process; its pages are kept until it says BYE."""
+
+    session: int
+
+
+class Offer(NamedTuple):
+    """A daemon elsewhere, in answer to ATTACH: its incarnation, which contents its file has, and how many blocks."""
+
+    epoch: int
+    file: int
+    slots: int
+    pid: int
+
+
 class HostReady(NamedTuple):
     """Host to launcher: sockets are bound."""
 
@@ -338,7 +357,7 @@ POWERED_DOWN: Final = 0
 """The only word of REGISTERS for a vCPU that is powered down and stays so."""
 
 Message = (
-    Hello | Welcome | NackMsg | Bye | Exit | Entry | Kick | Save | Registers | Io | IoDone | Ping | Pong | Model
+    Hello | Welcome | NackMsg | Bye | Exit | Entry | Kick | Save | Registers | Io | IoDone | Ping | Pong | Model | Attach | Offer
     | HostReady | Started | Finished | Failed | RestartWanted | DaemonDown | DaemonFenced | DaemonGone | Stop
     | SaveVm | Saved
 )  # fmt: skip
@@ -377,6 +396,8 @@ SPECS: Final[dict[Kind, Spec]] = {
     Kind.PING: Spec(Ping, "IQ"),
     Kind.PONG: Spec(Pong, "IQ"),
     Kind.MODEL: Spec(Model, "B"),
+    Kind.ATTACH: Spec(Attach, "Q"),
+    Kind.OFFER: Spec(Offer, "IQQI"),
     Kind.HOST_READY: Spec(HostReady, "I"),
     Kind.STARTED: Spec(Started, "Q"),
     Kind.FINISHED: Spec(Finished, "", "text"),

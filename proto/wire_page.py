@@ -32,6 +32,8 @@ SENDERS: Final[dict[Kind, str]] = {
     Kind.PING: "host → daemon",
     Kind.PONG: "daemon → host",
     Kind.MODEL: "host → daemon",
+    Kind.ATTACH: "host → daemon elsewhere",
+    Kind.OFFER: "daemon elsewhere → host",
     Kind.HOST_READY: "host → launcher",
     Kind.STARTED: "host → launcher",
     Kind.FINISHED: "host → launcher",

@@ -113,20 +113,26 @@ def create(
     fd = _open_nameless(where)
     try:
         fs_type = fs_type_of(fd)
-        is_direct = _prepare(fd, where, fs_type, slots * BLOCK_BYTES, direct, allow_tmpfs)
+        is_direct = prepare(fd, where, fs_type, slots * BLOCK_BYTES, direct, allow_tmpfs=allow_tmpfs)
     except BaseException:
         os.close(fd)
         raise
     return SwapFile(fd, slots * BLOCK_BYTES, slots, fs_type, is_direct)
 
 
-def _prepare(fd: int, where: Path, fs_type: str, size_bytes: int, direct: Direct, allow_tmpfs: bool) -> bool:
-    """Refuse what was not asked for, allocate, switch O_DIRECT on; returns whether it is on."""
+def prepare(
+    fd: int, where: Path, fs_type: str, size_bytes: int, direct: Direct, *, allow_tmpfs: bool
+) -> bool:
+    """Refuse what was not asked for, allocate what the file lacks, switch O_DIRECT on; returns whether it is on.
+
+    ``where``: the file or its directory, for messages. Raises `SwapFileError`.
+    """
     if fs_type in _IN_MEMORY and not allow_tmpfs:
         raise SwapFileError(
             f"swap file: {where} is a {fs_type}, which is memory (allowed: a disk, or allow_tmpfs)"
         )
-    _allocate(fd, where, size_bytes)
+    if os.fstat(fd).st_size < size_bytes:
+        _allocate(fd, where, size_bytes)
     # O_DIRECT only now: some C libraries allocate by writing single bytes where the file system cannot,
     # and such a write must not be direct.
     is_direct = direct != "off" and _set_direct(fd)

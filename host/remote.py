@@ -1,0 +1,270 @@
+"""Daemons elsewhere, as the host's shell sees them: it connects, attaches, and hears what any daemon says.
+
+The machines know nothing of it: an incarnation of a daemon elsewhere is an epoch like any other, counted from 0 in this run (the
+daemon's own epochs go on from run to run and are translated here).
+
+* The link is down, or the process over there is dead: nothing happens here. Requests stay out and are sent again under the same id; the
+  daemon does each once per epoch. Tasks that need no page from there go on.
+* OFFER with a greater epoch: over there the old incarnation was killed, reaped and fenced before this one was numbered. So the old one is
+  lost and fenced for the machines, and its unanswered requests go to the new one.
+* OFFER with a smaller epoch is refused, and so are replies of one: they are counted and answered with NACK.
+* OFFER of other contents (`file`): what was acknowledged is gone; the run ends with that reason.
+* Nothing is heard for `give_up_seconds`, or for `CONNECT_NS` at the start: the run ends with the reason.
+
+Not handled here: keys and sockets (proto/remote.py), the messages themselves (host/shell.py).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import zmq
+
+from host import events as ev
+from proto import curve, remote, wire
+from proto.curve import Context, Endpoint
+from proto.stats import HostCounter
+from proto.topology import Swapd, Topology
+from proto.wire import Message, Nack, WireError
+
+CONNECT_NS: Final = 20_000_000_000
+"""To the first OFFER: twice as long as another host's session may be in the way."""
+DRAIN_MAX: Final = 64
+_TRANSLATED: Final = (wire.Io, wire.Ping, wire.Welcome)
+_HANDSHAKE: Final[dict[int, str]] = {
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH: "it refuses this host's key (its --allow list)",
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "the handshake failed: one side has keys, the other has none or expects others",
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "the handshake failed: the keys do not fit, or nobody answers it",
+}
+
+
+class Link(Protocol):
+    """What the shell knows of a daemon's link (host/shell.py `Daemon`)."""
+
+    identity: bytes
+    epoch: int
+    up: bool
+    fenced: bool
+    last_pong_ns: int
+    ping_nonce: int
+
+
+class Shell(Protocol):
+    """What is needed of the host's shell."""
+
+    daemons: list[Any]
+    obs: Any
+    swap: Any
+
+    def dispatch(
+        self, peer: tuple[str, int, int], identity: bytes, message: Message, extra: Sequence[bytes]
+    ) -> None:
+        """Handle a message of a daemon. WireError when it is not what may be said."""
+
+    def admit(self, number: int, identity: bytes, epoch: int) -> None:
+        """An incarnation is up."""
+
+
+class RemoteDaemon:
+    """One of them. Routing id in this process: `name`."""
+
+    def __init__(
+        self, context: Context, number: int, spec: Swapd, slots: int, resolve: Callable[[str], Path]
+    ) -> None:
+        """Connects. Raises UserError for a key file that cannot be used."""
+        endpoint = curve.parse_endpoint(spec.connect)
+        assert endpoint is not None, "the topology was checked"
+        self.number = number
+        self.spec = spec
+        self.slots = slots
+        self.name = b"R%d" % number
+        self.endpoint: Endpoint = endpoint
+        # Not the run's: another process, with another swap map, must never pass for this one.
+        self.session = int.from_bytes(os.urandom(8), "big") or 1
+        keys = None
+        if spec.key:
+            where = f"swapd[{number}]"
+            keys = (
+                curve.read_pair(resolve(spec.key), f"{where}.key"),
+                curve.read_public(resolve(spec.server_key), f"{where}.server_key"),
+            )
+        self.socket, self.monitor = remote.connect(
+            context, endpoint, remote.host_identity(self.session), keys
+        )
+        self.base: int | None = None
+        """The daemon's epoch at the first OFFER."""
+        self.file = 0
+        self.heard_ns = time.monotonic_ns()
+        self.trouble = "nobody listens there, or packets are lost"
+
+    def send(self, message: Message, pages: Sequence[Any]) -> bool:
+        """False when there is no connection, or its queue is full."""
+        if isinstance(message, _TRANSLATED):
+            message = message._replace(epoch=message.epoch + (self.base or 0))
+        try:
+            self.socket.send_multipart([wire.encode(message), *pages], zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
+
+    def attach(self) -> None:
+        """Ask for the daemon's incarnation."""
+        self.send(wire.Attach(self.session), ())
+
+    def close(self) -> None:
+        """What was said last still leaves, within the linger time."""
+        self.socket.disable_monitor()
+        self.monitor.close(linger=0)
+        self.socket.close()
+
+
+class RemoteDaemons:
+    """All of a run's. `fail` is told, once, why the run cannot go on."""
+
+    def __init__(
+        self,
+        shell: Shell,
+        context: Context,
+        poller: zmq.Poller,
+        topology: Topology,
+        slots: Sequence[int],
+        feed: Callable[[Any, Any], None],
+        fail: Callable[[str], None],
+    ) -> None:
+        self._shell = shell
+        self._feed = feed
+        self._fail = fail
+        self._failed = False
+        self._handlers: dict[type[Any], Callable[[RemoteDaemon, Any, Sequence[bytes]], None]] = {
+            wire.Offer: self._offered,
+            wire.IoDone: self._heard,
+            wire.Pong: self._heard,
+            wire.NackMsg: self._refused,
+        }
+        self.daemons = {
+            number: RemoteDaemon(context, number, spec, slots[number], topology.resolve_path)
+            for number, spec in enumerate(topology.swapd)
+            if spec.connect
+        }
+        self.by_name = {daemon.name: daemon for daemon in self.daemons.values()}
+        for daemon in self.daemons.values():
+            poller.register(daemon.socket, zmq.POLLIN)
+            poller.register(daemon.monitor, zmq.POLLIN)
+
+    def drain(self) -> None:
+        """Handle what has come."""
+        for daemon in self.daemons.values():
+            for event in remote.events_of(daemon.monitor):
+                self._connection(daemon, event)
+            for _ in range(DRAIN_MAX):
+                try:
+                    parts = daemon.socket.recv_multipart(zmq.NOBLOCK)
+                except zmq.Again:
+                    break
+                self._receive(daemon, parts)
+
+    def _connection(self, daemon: RemoteDaemon, event: int) -> None:
+        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            daemon.trouble = "it does not answer"
+            daemon.attach()
+        elif event in _HANDSHAKE:
+            daemon.trouble = _HANDSHAKE[event]
+            if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH and daemon.base is None:
+                self._give_up(daemon, f"cannot be used: {daemon.trouble}")
+
+    # -- receiving -----------------------------------------------------------------------------------------
+    def _receive(self, daemon: RemoteDaemon, parts: Sequence[bytes]) -> None:
+        try:
+            message = wire.decode(parts[0])
+            self._handlers.get(type(message), self._not_expected)(daemon, message, parts[1:])
+        except WireError as error:
+            self._shell.obs.count(HostCounter.BAD_MESSAGES)
+            daemon.send(wire.NackMsg(error.code, error.kind, error.text), ())
+
+    @staticmethod
+    def _not_expected(_daemon: RemoteDaemon, message: Message, _: Sequence[bytes]) -> None:
+        raise WireError(Nack.NOT_EXPECTED, f"{type(message).__name__} is not for the host")
+
+    def _heard(self, daemon: RemoteDaemon, message: wire.IoDone | wire.Pong, extra: Sequence[bytes]) -> None:
+        base = daemon.base
+        if base is None or message.epoch < base:
+            raise WireError(Nack.STALE_EPOCH, f"epoch {message.epoch} was not offered")
+        epoch = message.epoch - base
+        peer = ("S", daemon.number, epoch)
+        self._shell.dispatch(peer, daemon.name, message._replace(epoch=epoch), extra)
+        # Not before: what is refused is no sign of life of the daemon that is meant.
+        daemon.heard_ns = time.monotonic_ns()
+
+    def _refused(self, daemon: RemoteDaemon, message: wire.NackMsg, _: Sequence[bytes]) -> None:
+        if message.code == Nack.BUSY:
+            daemon.trouble = "it works for another host"
+            if daemon.base is not None:
+                self._give_up(daemon, "works for another host now; its pages of this run are lost")
+        elif message.code == Nack.STALE_EPOCH:
+            daemon.attach()  # an incarnation that has not seen this host yet
+        else:
+            self._shell.obs.count(HostCounter.BAD_MESSAGES)
+
+    def _offered(self, daemon: RemoteDaemon, offer: wire.Offer, _: Sequence[bytes]) -> None:
+        if daemon.base is None:
+            if offer.slots < daemon.slots:
+                self._give_up(
+                    daemon,
+                    f"has {offer.slots} slots, {daemon.slots} are needed (a larger --size there, or a smaller swapd.size_mib here)",
+                )
+                return
+            daemon.base, daemon.file = offer.epoch, offer.file
+        link: Link = self._shell.daemons[daemon.number]
+        epoch = offer.epoch - daemon.base
+        if epoch < link.epoch or epoch < 0:
+            self._shell.obs.count(HostCounter.STALE_REPLIES)
+            raise WireError(Nack.STALE_EPOCH, f"epoch {offer.epoch} is over", wire.Kind.OFFER)
+        if offer.file != daemon.file:
+            self._give_up(
+                daemon,
+                "came back without the pages it had acknowledged (another file, another host's, or its machine was started anew)",
+            )
+            return
+        daemon.heard_ns = time.monotonic_ns()
+        daemon.trouble = "it does not answer"
+        if epoch == link.epoch and link.up:
+            # The link was gone for a while: what was sent meanwhile may be lost.
+            daemon.send(wire.Welcome(epoch, 1), ())
+            self._feed(self._shell.swap, ev.LookAtRequests())
+            return
+        if link.up:
+            self._feed(self._shell.swap, ev.DaemonLost(daemon.number, link.epoch))
+            self._feed(self._shell.swap, ev.DaemonFenced(daemon.number, link.epoch))
+        self._shell.admit(daemon.number, daemon.name, epoch)
+
+    # -- time ----------------------------------------------------------------------------------------------
+    def heartbeat(self, number: int, now_ns: int) -> None:
+        """Every half second."""
+        daemon, link = self.daemons[number], self._shell.daemons[number]
+        if link.up:
+            link.ping_nonce += 1
+            daemon.send(wire.Ping(link.epoch, link.ping_nonce), ())
+        else:
+            daemon.attach()
+        silent_ns = now_ns - daemon.heard_ns
+        if daemon.base is None and silent_ns > CONNECT_NS:
+            self._give_up(daemon, f"cannot be reached within {CONNECT_NS / 1e9:g} s: {daemon.trouble}")
+        elif daemon.base is not None and silent_ns > daemon.spec.give_up_seconds * 1e9:
+            self._give_up(
+                daemon,
+                f"was silent for {daemon.spec.give_up_seconds:g} s (give_up_seconds): {daemon.trouble}",
+            )
+
+    def _give_up(self, daemon: RemoteDaemon, why: str) -> None:
+        if not self._failed:
+            self._failed = True
+            self._fail(f"swapd-{daemon.number} at {daemon.endpoint} {why}")
+
+    def close(self) -> None:
+        """Sockets."""
+        for daemon in self.daemons.values():
+            daemon.close()
