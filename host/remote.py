@@ -19,20 +19,23 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 import zmq
 
 from host import events as ev
-from proto import curve, remote, wire
+from proto import curve, link, remote, wire
 from proto.curve import Context, Endpoint
 from proto.stats import HostCounter
 from proto.topology import Swapd, Topology
 from proto.wire import Message, Nack, WireError
 
 CONNECT_NS: Final = 20_000_000_000
-"""To the first OFFER: twice as long as another host's session may be in the way."""
+"""To the first OFFER, unless `give_up_seconds` is less: twice as long as another host's session may be in the way."""
+RENEW_NS: Final = 5_000_000_000
+"""Of silence: more than ZeroMQ's own heartbeats need to notice, and to connect anew."""
 DRAIN_MAX: Final = 64
 _TRANSLATED: Final = (wire.Io, wire.Ping, wire.Welcome)
 _HANDSHAKE: Final[dict[int, str]] = {
@@ -73,7 +76,13 @@ class RemoteDaemon:
     """One of them. Routing id in this process: `name`."""
 
     def __init__(
-        self, context: Context, number: int, spec: Swapd, slots: int, resolve: Callable[[str], Path]
+        self,
+        context: Context,
+        number: int,
+        spec: Swapd,
+        slots: int,
+        resolve: Callable[[str], Path],
+        poller: zmq.Poller,
     ) -> None:
         """Connects. Raises UserError for a key file that cannot be used."""
         endpoint = curve.parse_endpoint(spec.connect)
@@ -92,9 +101,12 @@ class RemoteDaemon:
                 curve.read_pair(resolve(spec.key), f"{where}.key"),
                 curve.read_public(resolve(spec.server_key), f"{where}.server_key"),
             )
-        self.socket, self.monitor = remote.connect(
-            context, endpoint, remote.host_identity(self.session), keys
-        )
+        self._connect = partial(remote.connect, context, endpoint, remote.host_identity(self.session), keys)
+        self._poller = poller
+        self.last_event = 0
+        """zmq.EVENT_* of the connection; 0 before the first."""
+        self.was_stuck = False
+        self._open()
         self.base: int | None = None
         """The daemon's epoch at the first OFFER."""
         self.file = 0
@@ -115,11 +127,32 @@ class RemoteDaemon:
         """Ask for the daemon's incarnation."""
         self.send(wire.Attach(self.session), ())
 
-    def close(self) -> None:
-        """What was said last still leaves, within the linger time."""
+    def _open(self) -> None:
+        self.opened_ns = time.monotonic_ns()
+        self.socket, self.monitor = self._connect()
+        self._poller.register(self.socket, zmq.POLLIN)
+        self._poller.register(self.monitor, zmq.POLLIN)
+
+    def revive(self, now_ns: int) -> None:
+        """Every half second: a new socket for one that has stopped trying, or whose connection leads nowhere."""
+        stuck = self.last_event != 0 and not self.last_event & remote.UNDER_WAY
+        silent = now_ns - max(self.heard_ns, self.opened_ns) > RENEW_NS
+        if silent or (stuck and self.was_stuck):
+            self._shut(linger_ms=0)
+            self._open()
+            self.last_event, stuck = 0, False
+        self.was_stuck = stuck
+
+    def _shut(self, linger_ms: int) -> None:
+        self._poller.unregister(self.socket)
+        self._poller.unregister(self.monitor)
         self.socket.disable_monitor()
         self.monitor.close(linger=0)
-        self.socket.close()
+        self.socket.close(linger=linger_ms)
+
+    def close(self) -> None:
+        """What was said last still leaves, within the linger time."""
+        self._shut(link.LINGER_MS)
 
 
 class RemoteDaemons:
@@ -146,14 +179,11 @@ class RemoteDaemons:
             wire.NackMsg: self._refused,
         }
         self.daemons = {
-            number: RemoteDaemon(context, number, spec, slots[number], topology.resolve_path)
+            number: RemoteDaemon(context, number, spec, slots[number], topology.resolve_path, poller)
             for number, spec in enumerate(topology.swapd)
             if spec.connect
         }
         self.by_name = {daemon.name: daemon for daemon in self.daemons.values()}
-        for daemon in self.daemons.values():
-            poller.register(daemon.socket, zmq.POLLIN)
-            poller.register(daemon.monitor, zmq.POLLIN)
 
     def drain(self) -> None:
         """Handle what has come."""
@@ -168,6 +198,7 @@ class RemoteDaemons:
                 self._receive(daemon, parts)
 
     def _connection(self, daemon: RemoteDaemon, event: int) -> None:
+        daemon.last_event = event
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             daemon.trouble = "it does not answer"
             daemon.attach()
@@ -218,9 +249,9 @@ class RemoteDaemons:
                 )
                 return
             daemon.base, daemon.file = offer.epoch, offer.file
-        link: Link = self._shell.daemons[daemon.number]
+        known: Link = self._shell.daemons[daemon.number]
         epoch = offer.epoch - daemon.base
-        if epoch < link.epoch or epoch < 0:
+        if epoch < known.epoch or epoch < 0:
             self._shell.obs.count(HostCounter.STALE_REPLIES)
             raise WireError(Nack.STALE_EPOCH, f"epoch {offer.epoch} is over", wire.Kind.OFFER)
         if offer.file != daemon.file:
@@ -231,28 +262,30 @@ class RemoteDaemons:
             return
         daemon.heard_ns = time.monotonic_ns()
         daemon.trouble = "it does not answer"
-        if epoch == link.epoch and link.up:
+        if epoch == known.epoch and known.up:
             # The link was gone for a while: what was sent meanwhile may be lost.
             daemon.send(wire.Welcome(epoch, 1), ())
             self._feed(self._shell.swap, ev.LookAtRequests())
             return
-        if link.up:
-            self._feed(self._shell.swap, ev.DaemonLost(daemon.number, link.epoch))
-            self._feed(self._shell.swap, ev.DaemonFenced(daemon.number, link.epoch))
+        if known.up:
+            self._feed(self._shell.swap, ev.DaemonLost(daemon.number, known.epoch))
+            self._feed(self._shell.swap, ev.DaemonFenced(daemon.number, known.epoch))
         self._shell.admit(daemon.number, daemon.name, epoch)
 
     # -- time ----------------------------------------------------------------------------------------------
     def heartbeat(self, number: int, now_ns: int) -> None:
         """Every half second."""
-        daemon, link = self.daemons[number], self._shell.daemons[number]
-        if link.up:
-            link.ping_nonce += 1
-            daemon.send(wire.Ping(link.epoch, link.ping_nonce), ())
+        daemon, known = self.daemons[number], self._shell.daemons[number]
+        if known.up:
+            known.ping_nonce += 1
+            daemon.send(wire.Ping(known.epoch, known.ping_nonce), ())
         else:
             daemon.attach()
+        daemon.revive(now_ns)
         silent_ns = now_ns - daemon.heard_ns
-        if daemon.base is None and silent_ns > CONNECT_NS:
-            self._give_up(daemon, f"cannot be reached within {CONNECT_NS / 1e9:g} s: {daemon.trouble}")
+        connect_ns = min(CONNECT_NS, int(daemon.spec.give_up_seconds * 1e9))
+        if daemon.base is None and silent_ns > connect_ns:
+            self._give_up(daemon, f"cannot be reached within {connect_ns / 1e9:g} s: {daemon.trouble}")
         elif daemon.base is not None and silent_ns > daemon.spec.give_up_seconds * 1e9:
             self._give_up(
                 daemon,

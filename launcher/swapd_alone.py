@@ -119,12 +119,12 @@ def _spec(args: argparse.Namespace) -> Swapd:
 def cmd_swapd(args: argparse.Namespace) -> int:
     """Serve until Ctrl-C or SIGTERM (exit code 0), or until the restart budget is used up (1)."""
     settings = settings_of(args)
-    setproctitle.setproctitle("asyncpf:supervisor-0")
     listener = _listen(settings.endpoint)
     try:
         engine, note = _engine(settings)
         kept = _open_file(settings)
         try:
+            setproctitle.setproctitle("asyncpf:supervisor-0")
             swapd_shell.warm()
             with Signals() as signals:
                 return _Supervisor(settings, listener, kept, engine, note, signals).run()

@@ -30,6 +30,14 @@ HANDSHAKE_FAILED: Final = (
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 )
+UNDER_WAY: Final = (
+    zmq.EVENT_CONNECTED
+    | zmq.EVENT_CONNECT_DELAYED
+    | zmq.EVENT_CONNECT_RETRIED
+    | zmq.EVENT_HANDSHAKE_SUCCEEDED
+)
+"""After one of these the socket goes on by itself. After any other it may have stopped for good: it does so when whoever answers at the
+address does not speak the protocol, as a gateway that answers for a machine that is away."""
 
 
 def host_identity(session: int) -> bytes:
@@ -89,7 +97,7 @@ def connect(
         socket.setsockopt(zmq.IPV6, 1)
     if keys is not None:
         curve.connect_with(socket, *keys)
-    wanted = HANDSHAKE_FAILED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
+    wanted = HANDSHAKE_FAILED | UNDER_WAY | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
     monitor: Socket = socket.get_monitor_socket(wanted)
     socket.connect(str(endpoint))
     return socket, monitor

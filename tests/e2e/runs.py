@@ -111,11 +111,12 @@ class Ended:
 class Launched:
     """A command that runs; `said` grows with what it writes to standard error."""
 
-    def __init__(self, words: Sequence[str], out: Path | None = None) -> None:
+    def __init__(self, words: Sequence[str], out: Path | None = None, before: Sequence[str] = ()) -> None:
+        """before: words in front of the command, of a program that then becomes it."""
         self.out = out
         self.said: list[str] = []
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "launch.py"), *words],
+            [*before, sys.executable, str(ROOT / "launch.py"), *words],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

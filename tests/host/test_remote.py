@@ -1,0 +1,210 @@
+"""The host against a daemon elsewhere that says what it must not: old epochs, other contents, too few slots, foreign messages."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zmq
+
+from host import events as ev
+from host.shell import HostShell
+from proto import link, segments, wire
+from proto.run import ELSEWHERE, RunContext, SwapFileInfo
+from proto.stats import HostCounter
+from proto.topology import Host, Run, Swapd, Topology, Vm
+from proto.wire import Nack
+
+BOUND_S = 10.0
+SLOTS = 64
+FIRST = 41
+"""The daemon has had forty incarnations before this run."""
+DONE = np.array([(3, 4096, 10)], wire.DONE_DTYPE)
+
+
+class Shell(HostShell):
+    """What goes to the launcher into a list."""
+
+    def __init__(self, ctx: RunContext) -> None:
+        self.told: list[Any] = []
+        super().__init__(ctx)
+
+    def _to_launcher(self, message: Any) -> None:
+        self.told.append(message)
+
+
+class World:
+    """A host's shell and the far end of its link."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        self.context = link.new_context()
+        self.far = self.context.socket(zmq.ROUTER)
+        port = self.far.bind_to_random_port("tcp://127.0.0.1")
+        topology = Topology(
+            run=Run(mode="interrupt", profile="mainline"),
+            host=Host(allowance_mib=4),
+            vm=(Vm(memory_mib=8),),
+            swapd=(Swapd(connect=f"tcp://127.0.0.1:{port}"),),
+        )
+        self.made = segments.create(segments.plan(topology, [1], [1], {}))
+        info = SwapFileInfo(-1, SLOTS, False, ELSEWHERE, ELSEWHERE)
+        ctx = RunContext(
+            "test",
+            tmp_path,
+            f"ipc://{tmp_path}/h",
+            "",
+            topology,
+            self.made,
+            [-1],
+            [info],
+            trace_bytes=1 << 20,
+        )
+        self.shell = Shell(ctx)
+        self.host = b""
+        self.heard: list[Any] = []
+
+    def turn(self) -> None:
+        """Both ends handle what has come."""
+        self.shell.poller.poll(10)
+        self.shell.remote.drain()
+        self.shell._route()
+        while self.far.poll(1):
+            self.host, first, *_ = self.far.recv_multipart()
+            self.heard.append(wire.decode(first))
+
+    def until(self, seen: Callable[[], bool]) -> None:
+        deadline_s = time.monotonic() + BOUND_S
+        while not seen():
+            assert time.monotonic() < deadline_s, (self.heard, self.shell.told)
+            self.turn()
+
+    def says(self, kind: type[Any], count: int = 1) -> Any:
+        """The count-th message of a kind from the host."""
+        self.until(lambda: sum(isinstance(one, kind) for one in self.heard) >= count)
+        return [one for one in self.heard if isinstance(one, kind)][count - 1]
+
+    def say(self, *messages: Any) -> None:
+        for message in messages:
+            self.far.send_multipart([self.host, wire.encode(message)])
+
+    def close(self) -> None:
+        self.shell.close()
+        self.far.close(linger=0)
+        self.context.term()
+        for segment in self.made.values():
+            segment.close()
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    made = World(tmp_path)
+    assert made.says(wire.Attach).session
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def attached(world: World) -> World:
+    world.say(wire.Offer(FIRST, 7, SLOTS, 1))
+    assert world.says(wire.Welcome).epoch == FIRST
+    return world
+
+
+def count(world: World, what: HostCounter) -> int:
+    return int(world.shell.obs.stats.get(what))
+
+
+def test_epochs_are_counted_from_0_here_and_from_the_first_offer_there(attached: World) -> None:
+    daemon = attached.shell.swap.daemons[0]
+    assert (daemon.epoch, daemon.up) == (0, True)
+    assert count(attached, HostCounter.RESTARTS) == 0
+    attached.shell.remote.heartbeat(0, time.monotonic_ns())
+    assert attached.says(wire.Ping).epoch == FIRST
+    attached.say(wire.Offer(FIRST + 3, 7, SLOTS, 1))
+    assert attached.says(wire.Welcome, 2).epoch == FIRST + 3
+    assert (daemon.epoch, daemon.up) == (3, True)
+    assert count(attached, HostCounter.FENCES) == 1
+
+
+def test_an_old_epoch_that_still_answers_is_refused(attached: World) -> None:
+    attached.say(wire.Offer(FIRST + 1, 7, SLOTS, 1))
+    attached.says(wire.Welcome, 2)
+    old = (
+        wire.Offer(FIRST, 7, SLOTS, 1),
+        wire.IoDone(FIRST, 1, DONE),
+        wire.Pong(FIRST, 1),
+        wire.Pong(FIRST - 1, 1),
+    )
+    for k, message in enumerate(old, start=1):
+        attached.say(message)
+        assert attached.says(wire.NackMsg, k).code == Nack.STALE_EPOCH
+    assert attached.shell.swap.daemons[0].epoch == 1
+    assert count(attached, HostCounter.BAD_MESSAGES) == len(old)
+    assert count(attached, HostCounter.STALE_REPLIES) == 2
+    assert attached.shell.told == []
+
+
+def test_unanswered_requests_go_to_the_next_incarnation_under_their_id(attached: World) -> None:
+    attached.shell._feed(attached.shell.swap, ev.SwapIn(slot=5, frame=1, hvp=9))
+    attached.shell._route()
+    attached.shell._send_io()
+    first = attached.says(wire.Io)
+    attached.say(wire.Offer(FIRST + 1, 7, SLOTS, 1))
+    attached.says(wire.Welcome, 2)
+    attached.shell._send_io()
+    second = attached.says(wire.Io, 2)
+    assert (first.epoch, second.epoch) == (FIRST, FIRST + 1)
+    assert first.records.tolist() == second.records.tolist()
+
+
+def test_other_contents_end_the_run(attached: World) -> None:
+    attached.say(wire.Offer(FIRST + 1, 8, SLOTS, 1))
+    attached.until(lambda: bool(attached.shell.told))
+    assert "without the pages it had acknowledged" in attached.shell.told[0].reason
+    assert attached.shell.swap.daemons[0].epoch == 0
+
+
+def test_a_daemon_that_was_taken_ends_the_run(attached: World) -> None:
+    attached.say(wire.NackMsg(Nack.BUSY, 0, "no"))
+    attached.until(lambda: bool(attached.shell.told))
+    assert "works for another host now" in attached.shell.told[0].reason
+
+
+def test_too_few_slots_end_the_run(world: World) -> None:
+    world.say(wire.Offer(FIRST, 7, SLOTS - 1, 1))
+    world.until(lambda: bool(world.shell.told))
+    assert "has 63 slots, 64 are needed" in world.shell.told[0].reason
+    assert not world.shell.swap.daemons[0].up
+
+
+def test_before_an_offer_nothing_counts(world: World) -> None:
+    for k, message in enumerate((wire.IoDone(0, 1, DONE), wire.Pong(0, 1)), start=1):
+        world.say(message)
+        assert world.says(wire.NackMsg, k).code == Nack.STALE_EPOCH
+
+
+@pytest.mark.parametrize(
+    "message",
+    [wire.Stop("x"), wire.DaemonFenced(0, 5), wire.Hello(3, 0, 0, 1), wire.Bye(0), wire.Exit(*range(18))],
+)
+def test_what_a_daemon_elsewhere_may_not_say(attached: World, message: Any) -> None:
+    attached.say(message)
+    assert attached.says(wire.NackMsg).code == Nack.NOT_EXPECTED
+    assert attached.shell.told == []
+
+
+def test_it_does_not_come_in_by_the_other_door(attached: World) -> None:
+    before = count(attached, HostCounter.BAD_MESSAGES)
+    attached.shell._receive([link.swapd_identity(0, 1), wire.encode(wire.Hello(wire.Role.SWAPD, 0, 1, 1))])
+    assert count(attached, HostCounter.BAD_MESSAGES) == before + 1
+    assert attached.shell.daemons[0].epoch == 0
+
+
+def test_a_stale_nack_makes_it_attach_again(attached: World) -> None:
+    attached.heard.clear()
+    attached.say(wire.NackMsg(Nack.STALE_EPOCH, 0, "who are you"))
+    assert attached.says(wire.Attach).session
