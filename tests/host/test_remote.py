@@ -14,6 +14,7 @@ import zmq
 from host import events as ev
 from host.shell import HostShell
 from proto import link, segments, wire
+from proto.lives import DaemonState
 from proto.run import ELSEWHERE, RunContext, SwapFileInfo
 from proto.stats import HostCounter
 from proto.topology import Host, Run, Swapd, Topology, Vm
@@ -120,13 +121,13 @@ def count(world: World, what: HostCounter) -> int:
 
 def test_epochs_are_counted_from_0_here_and_from_the_first_offer_there(attached: World) -> None:
     daemon = attached.shell.swap.daemons[0]
-    assert (daemon.epoch, daemon.up) == (0, True)
+    assert (daemon.epoch, daemon.state) == (0, DaemonState.UP)
     assert count(attached, HostCounter.RESTARTS) == 0
     attached.shell.remote.heartbeat(0, time.monotonic_ns())
     assert attached.says(wire.Ping).epoch == FIRST
     attached.say(wire.Offer(FIRST + 3, 7, SLOTS, 1))
     assert attached.says(wire.Welcome, 2).epoch == FIRST + 3
-    assert (daemon.epoch, daemon.up) == (3, True)
+    assert (daemon.epoch, daemon.state) == (3, DaemonState.UP)
     assert count(attached, HostCounter.FENCES) == 1
 
 
@@ -178,7 +179,7 @@ def test_too_few_slots_end_the_run(world: World) -> None:
     world.say(wire.Offer(FIRST, 7, SLOTS - 1, 1))
     world.until(lambda: bool(world.shell.told))
     assert "has 63 slots, 64 are needed" in world.shell.told[0].reason
-    assert not world.shell.swap.daemons[0].up
+    assert world.shell.swap.daemons[0].state is not DaemonState.UP
 
 
 def test_before_an_offer_nothing_counts(world: World) -> None:
