@@ -9,8 +9,12 @@ Not handled: priorities below one another (the guest's handlers end each interru
 
 from __future__ import annotations
 
+from typing import Final
+
 from proto.kvm import SPIV_ENABLE
 from proto.wire import pack_vectors, unpack_vectors
+
+VECTORS: Final = 256
 
 
 class Lapic:
@@ -48,6 +52,8 @@ class Lapic:
             self.irr.discard(vector)
             self.isr.append(vector)
         del self.isr[max(0, len(self.isr) - eois) :]
+        # A guest that never says EOI: the register has a bit for each vector, no more.
+        del self.isr[:-VECTORS]
         return vectors
 
     def pending(self) -> int:

@@ -57,6 +57,10 @@ GAUGES_EVERY_NS: Final = 50_000_000
 PING_EVERY_NS: Final = 500_000_000
 PONG_BOUND_NS: Final = 5_000_000_000
 """A daemon that answers no heartbeat for this long is reported for a restart: ten beats, far above any scheduling delay seen."""
+LAMPORT_LEAP_MAX: Final = 1 << 36
+"""Events that a peer may have recorded since its last message: a million each second for 19 hours."""
+TIMERS_PER_VCPU: Final = 64
+"""Timers kept before those that were armed anew are thrown away."""
 WORDS: Final = 512
 
 
@@ -127,7 +131,7 @@ class HostShell:
         self._effects: dict[type[Any], Callable[[Any], None]] = {
             ev.Enter: self._enter,
             ev.KickVcpu: self._kick,
-            ev.SetTimer: lambda e: heapq.heappush(self.timers, (e.deadline_ns, e.cpu, e.generation)),
+            ev.SetTimer: self._set_timer,
             ev.SendIpi: self._ipi,
             ev.AtBarrier: self._at_barrier,
             ev.PoweredDown: self._powered_down,
@@ -415,8 +419,14 @@ class HostShell:
             raise WireError(Nack.NOT_EXPECTED, f"vCPU {cpu} was not entered", wire.Kind.EXIT)
         if message.reason not in _EXIT_REASONS:
             raise WireError(Nack.FIELD, f"exit reason {message.reason} is unknown", wire.Kind.EXIT)
-        self.writer.observe(message.lamport)
+        self._observe(message)
         self._feed(machine, ev.ExitTaken(message))
+
+    def _observe(self, message: wire.Exit | wire.IoDone | wire.Registers) -> None:
+        """Later events are ordered after the message. A peer that is ahead of everybody by far would use up the counters of all."""
+        if message.lamport > self.writer.lamport + LAMPORT_LEAP_MAX:
+            raise WireError(Nack.FIELD, f"{type(message).__name__}: lamport {message.lamport} is far ahead")
+        self.writer.observe(message.lamport)
 
     def _io_done(
         self, peer: tuple[str, int, int], identity: bytes, message: wire.IoDone, extra: Sequence[bytes]
@@ -428,8 +438,8 @@ class HostShell:
         if epoch != daemon.epoch or message.epoch != epoch or not daemon.up:
             self.obs.count(HostCounter.STALE_REPLIES, len(message.records))
             raise WireError(Nack.STALE_EPOCH, f"epoch {message.epoch}", wire.Kind.IO_DONE)
+        self._observe(message)
         daemon.last_pong_ns = time.monotonic_ns()
-        self.writer.observe(message.lamport)
         if daemon.pages_in_messages and not self._land_pages(number, message, extra):
             raise WireError(Nack.FIELD, "IO_DONE: pages and records do not match", wire.Kind.IO_DONE)
         for request, result, service_ns in message.records.tolist():
@@ -578,6 +588,13 @@ class HostShell:
                 self._to_launcher(wire.RestartWanted(number, daemon.epoch, "no heartbeat"))
 
     # -- the run's clock -----------------------------------------------------------------------------------
+    def _set_timer(self, effect: ev.SetTimer) -> None:
+        heapq.heappush(self.timers, (effect.deadline_ns, effect.cpu, effect.generation))
+        if len(self.timers) > TIMERS_PER_VCPU * len(self.vcpus):
+            # Deadlines that a guest put centuries away: only the last of each vCPU still means something.
+            newest = {cpu: (ns, cpu, number) for ns, cpu, number in sorted(self.timers, key=lambda t: t[2])}
+            self.timers = sorted(newest.values())
+
     def _ipi(self, effect: ev.SendIpi) -> None:
         if effect.target < self.topology.vm[effect.vm].vcpus:
             cpu = self.ctx.first_cpu(effect.vm) + effect.target
@@ -634,7 +651,7 @@ class HostShell:
         kind, cpu, _epoch = peer
         if kind != "V" or cpu >= len(self.vcpus) or self.saving is None:
             raise WireError(Nack.NOT_EXPECTED, "registers that nobody asked for", wire.Kind.REGISTERS)
-        self.writer.observe(message.lamport)
+        self._observe(message)
         self.saving.registers(cpu, message)
 
     def ask_registers(self, cpu: int) -> None:

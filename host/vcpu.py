@@ -235,7 +235,8 @@ class VcpuMachine(Machine):
         yield "hlt"
 
     def _ipi(self, record: Exit) -> Path:
-        self.emit(SendIpi(self.vm, record.arg0, record.arg1))
+        # The vector is the low byte of ICR, whatever else the guest wrote there.
+        self.emit(SendIpi(self.vm, record.arg0, record.arg1 & 0xFF))
         yield "ipi"
 
     def _hypercall(self, record: Exit) -> Path:

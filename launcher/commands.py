@@ -30,6 +30,7 @@ from launcher.runfile import write_json
 from launcher.signals import Signals
 from launcher.zygote_link import APP_DIR
 from proto.errors import UserError
+from proto.files import is_there
 from proto.layout import ALLOC_FIRST_GFN
 from proto.topology import PAGES_PER_MIB, Task, Topology, list_topologies, load
 from proto.topology_keys import ALLOWANCE_SPARE_PAGES
@@ -149,7 +150,7 @@ def cmd_record(args: argparse.Namespace) -> int:
 def find_topology(name: str) -> Path:
     """The file that a user means: a path, or the name of a ready-made topology. It may not exist: `load` tells."""
     for path in (Path(name), APP_DIR / name, TOPOLOGIES / f"{name}.toml", TOPOLOGIES / name):
-        if path.is_file():
+        if is_there(path):
             return path
     return Path(name)
 

@@ -12,6 +12,7 @@ Not handled here: the host's part (host/image.py), processes (launcher/execute.p
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,18 +105,18 @@ class Moves:
 def check_identity(image: ImageReader, topology: Topology) -> int:
     """Whether the topology describes the guests of the image; the measured time at its save, ns. Raises UserError."""
     meta, wanted = image.meta, topology.guest_identity()
-    elapsed_ns = meta.get("elapsed_ns")
+    elapsed_ns: Any = meta.get("elapsed_ns")
     vcpus = meta.get("vcpus")
     if (
-        type(elapsed_ns) is not int
-        or type(meta.get("lamport")) is not int
+        not _is_counter(elapsed_ns)
+        or not _is_counter(meta.get("lamport"))
         or not isinstance(vcpus, list)
         or not isinstance(meta.get("identity"), dict)
     ):
         raise UserError(
             "not the image of a run", where=str(image.path), allowed="one that `run --save-at` wrote"
         )
-    _check_records(image, vcpus)
+    _check_records(image, vcpus, len(topology.vm))
     difference = _difference(meta["identity"], wanted)
     if not difference and len(vcpus) != topology.total_vcpus:
         difference = f"vCPUs: the image has {len(vcpus)}, the topology {topology.total_vcpus}"
@@ -131,10 +132,10 @@ def check_identity(image: ImageReader, topology: Topology) -> int:
             found=topology.file or topology.run.name,
             allowed="the topology it was saved with; host, swapd and run.seconds may differ",
         )
-    return elapsed_ns
+    return int(elapsed_ns)
 
 
-def _check_records(image: ImageReader, vcpus: list[Any]) -> None:
+def _check_records(image: ImageReader, vcpus: list[Any], vms: int) -> None:
     """What the host and the vCPUs will be given. UserError for what is no record of theirs."""
     what = ""
     try:
@@ -143,20 +144,28 @@ def _check_records(image: ImageReader, vcpus: list[Any]) -> None:
             VcpuState.from_plain(saved["state"])
             Registers.from_words(saved["registers"])
         what = "memslots"
-        ends = [
-            (min(vm, base_gfn, pages, base_hvp), base_hvp + pages)
+        good = all(
+            all(map(_is_counter, (vm, base_gfn, pages, base_hvp)))
+            and vm < vms
+            and base_hvp + pages <= image.pages
             for vm, base_gfn, pages, base_hvp in image.meta["memslots"]
-        ]
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{what}: {error}", where=str(image.path), allowed=SAME_VERSION) from error
-    if any(least < 0 or end > image.pages for least, end in ends):
+    if not good:
         raise UserError("memslots: outside of the image", where=str(image.path), allowed=SAME_VERSION)
+
+
+def _is_counter(value: Any) -> bool:
+    """A count or a time that fits in 63 bits, as everything here that only grows."""
+    return type(value) is int and 0 <= value < 1 << 63
 
 
 def _difference(saved: Any, wanted: Any, where: str = "") -> str:
     """The first place where two plain values differ; "" if none."""
     if isinstance(saved, dict) and isinstance(wanted, dict):
-        for key in sorted(set(saved) | set(wanted)):
+        # Keys of an image may be of any type.
+        for key in sorted(set(saved) | set(wanted), key=repr):
             if found := _difference(saved.get(key), wanted.get(key), f"{where}.{key}" if where else key):
                 return found
         return ""
@@ -166,7 +175,10 @@ def _difference(saved: Any, wanted: Any, where: str = "") -> str:
             if found := _difference(one, other, f"{where}[{k}]"):
                 return found
         return ""
-    return "" if saved == wanted else f"{where}: the image has {saved!r}, the topology {wanted!r}"
+    if saved == wanted:
+        return ""
+    has = reprlib.repr(saved)
+    return f"{where}: the image has {has}, the topology {wanted!r}"
 
 
 def fill(image: ImageReader, segments: Mapping[str, Segment], vms: int) -> None:

@@ -174,14 +174,19 @@ def trace_report(path: Path | str) -> TraceReport:
     return TraceReport(info, int(written.sum()), 100.0 * float(hot.sum()) / info.accesses, distances, faults)
 
 
+def _shown(text: str) -> str:
+    """What a file says, without what a terminal would obey or could not show."""
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
 def format_report(report: TraceReport) -> str:
     """The report as text of several lines, without a final newline."""
     info = report.info
     mib = info.pages * PAGE_BYTES / 2**20
     lines = [
         f"{info.path}: {info.file_bytes:,} bytes, expands to {info.expanded_bytes:,}",
-        f"  command     {' '.join(info.command)}",
-        f"  recorded    {info.recorded} with {info.tool}; ended: {info.ended}",
+        f"  command     {_shown(' '.join(info.command))}",
+        f"  recorded    {_shown(info.recorded)} with {_shown(info.tool)}; ended: {_shown(info.ended)}",
         f"  accesses    {info.accesses:,}: {info.reads:,} reads, {info.writes:,} writes",
         f"  footprint   {info.pages:,} pages, {mib:.1f} MiB; {report.written_pages:,} pages written",
         f"  hot pages   {HOT_PERCENT} % of the pages take {report.hot_percent:.1f} % of the accesses",

@@ -39,6 +39,8 @@ HEADER_BYTES: Final = PAGE_SIZE
 MAP_DTYPE: Final = np.dtype([("content", "<u4"), ("place", "<u4"), ("xxh3", "<u8")])
 META_BYTES_MAX: Final = 64 << 20
 SECTION_NAMES_MAX: Final = 1 << 12
+LIST_MAX: Final = 2 * SECTION_NAMES_MAX
+"""Entries of one list or table in the meta: vCPUs, tasks, sections. msgpack makes room for as many as a list claims, list in list."""
 ALLOWED: Final = "an image that `run --save-at T --image FILE` wrote to its end"
 
 
@@ -199,8 +201,8 @@ class ImageReader:
 
     def _unpacked(self, body: bytes) -> dict[str, Any]:
         try:
-            meta = msgpack.unpackb(body)
-        except (ValueError, TypeError, msgpack.UnpackException) as error:
+            meta = msgpack.unpackb(body, max_array_len=LIST_MAX, max_map_len=LIST_MAX, max_ext_len=0)
+        except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
             raise self._bad("meta: not msgpack") from error
         if not isinstance(meta, dict) or not isinstance(meta.get("sections"), list):
             raise self._bad("meta: no table with sections")

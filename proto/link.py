@@ -17,10 +17,14 @@ from proto.units import MAX_VCPUS
 
 LINGER_MS: Final = 200
 """Long enough to hand a last message to the kernel, short enough for a teardown within a second."""
-HWM: Final = 8192
-"""Messages queued per peer before a send fails; far above what the protocol allows in flight."""
-FRAME_BYTES_MAX: Final = 1 << 20
-"""ZeroMQ drops the connection of a peer that sends a longer frame."""
+HWM: Final = 1024
+"""Messages queued per peer and direction before a send fails, or a peer's sends wait: four times the window of a daemon
+(host/swap.py), 16 times that of a vCPU. With FRAME_BYTES_MAX it bounds what a flooding peer has this process hold for it: 64 MiB.
+"""
+FRAME_BYTES_MAX: Final = 64 * 1024
+"""ZeroMQ drops the connection of a peer that sends a longer frame: twice the longest message, so that one that is somewhat too long is
+still answered.
+"""
 
 LAUNCHER_ID: Final = b"L"
 

@@ -22,6 +22,7 @@ from typing import Any
 from proto.errors import UserError
 from proto.schema import Rule, Section, Source, applies, find_member, join, members, refuse
 
+INDEX_DIGITS_MAX = 9
 PATH_EXAMPLES = "PATH=VALUE, as in vm.vcpus=8 (every vm) or vm.0.task.1.memory_kib=4096"
 
 
@@ -94,7 +95,8 @@ def _assign_in_list(
 ) -> None:
     chosen: Sequence[int] = range(len(items))
     if rest and rest[0].isdecimal():
-        index, rest = int(rest[0]), rest[1:]
+        # Whoever names an entry in more digits than a list can have means none of them.
+        index, rest = int(rest[0][:INDEX_DIGITS_MAX]), rest[1:]
         if index >= len(items):
             refuse("no such entry", target.source, target.at, index, f"0 to {len(items) - 1}")
         chosen = [index]

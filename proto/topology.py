@@ -18,13 +18,13 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from proto.errors import UserError
+from proto.files import TOML_BYTES_MAX, is_there, parse_toml, read_regular
 from proto.layout import ALLOC_FIRST_GFN
 from proto.overrides import override
 from proto.schema import Source, build, optional_tables, refuse, table, tables, to_plain
@@ -61,7 +61,6 @@ __all__ = [
     "resolve",
 ]
 
-FILE_BYTES_MAX = 1 << 20
 PAGES_PER_MIB = (1 << 20) // PAGE_SIZE
 PAGES_PER_TABLE = 512
 UPPER_TABLES = 3
@@ -181,21 +180,11 @@ def process_pages(data_pages: int) -> int:
 
 def _read(path: Path) -> dict[str, Any]:
     allowed = "a topology, which is a TOML file"
-    if not path.is_file():
+    if not is_there(path):
         raise UserError(
             "no such file", where=str(path), allowed=f"{allowed}; `launch.py topologies` lists the ready-made"
         )
-    try:
-        with path.open("rb") as file:
-            data = file.read(FILE_BYTES_MAX + 1)
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", where=str(path), allowed=allowed) from error
-    if len(data) > FILE_BYTES_MAX:
-        raise UserError("too large", where=str(path), allowed=f"{allowed} of at most {FILE_BYTES_MAX} bytes")
-    try:
-        return tomllib.loads(data.decode())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"is not TOML: {error}", where=str(path), allowed=allowed) from error
+    return parse_toml(read_regular(path, "topology", TOML_BYTES_MAX, allowed), str(path), allowed)[0]
 
 
 def _complete(raw: dict[str, Any], source: Source, file: str, *, check_files: bool) -> Topology:
@@ -301,7 +290,7 @@ def _check_files(topology: Topology, source: Source) -> None:
     for i, vm in enumerate(topology.vm):
         for j, task in enumerate(vm.task):
             path = topology.resolve_path(task.trace)
-            if task.workload == "replay" and not path.is_file():
+            if task.workload == "replay" and not is_there(path):
                 refuse(
                     f"no such trace: {path}",
                     source,
@@ -311,7 +300,7 @@ def _check_files(topology: Topology, source: Source) -> None:
                 )
     for i, daemon in enumerate(topology.swapd):
         path = topology.resolve_path(daemon.directory)
-        if daemon.directory and not path.is_dir():
+        if daemon.directory and not is_there(path, folder=True):
             refuse(
                 f"no such directory: {path}",
                 source,

@@ -169,7 +169,9 @@ def _extent(count: int, ring: int, closed: bool, present: int) -> _Extent:
     oldest = count - ring + (0 if closed else 1)
     # Places from 0 on hold the records from ``turn`` on, the places behind them what is left of the turn before.
     turn = (count - 1) // ring * ring
-    newer = (max(0, oldest - turn), min(count - turn, present))
+    end = min(count - turn, present)
+    # A file that was cut may end before the oldest of them.
+    newer = (min(max(0, oldest - turn), end), end)
     if present < ring or oldest >= turn:
         return _Extent(turn + newer[0], [newer])
     return _Extent(oldest, [(oldest % ring, ring), newer])

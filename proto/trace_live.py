@@ -34,6 +34,7 @@ from proto.trace_writer import (
     WANTED_WORD,
 )
 
+PLACE_MAX: Final = 1 << 52
 TAKE_EVENTS: Final = 1 << 16
 """Most events taken at a time (4 MiB)."""
 
@@ -120,7 +121,8 @@ class LiveFile:
         os.close(self._fd)
 
     def _place(self, number: int) -> int:
-        return HEADER_BYTES + number % max(1, self._words[RING_WORD]) * EVENT_BYTES
+        # Beyond the end of any file when the header says so: nothing is read there, which shows as damage.
+        return HEADER_BYTES + min(number % max(1, self._words[RING_WORD]), PLACE_MAX) * EVENT_BYTES
 
 
 def _proc_of(path: Path, header: bytes) -> int:

@@ -20,9 +20,11 @@ import numpy as np
 import numpy.typing as npt
 
 VERSION: Final = 1
-MESSAGE_BYTES_MAX: Final = 64 * 1024
-"""Longest first part; a full batch is 64 * 24 bytes, so anything near this is not ours."""
 BATCH_MAX: Final = 1024
+MESSAGE_BYTES_MAX: Final = 32 * 1024
+"""Longest first part: a full batch has BATCH_MAX * 24 bytes of records."""
+LAMPORT_MAX: Final = (1 << 63) - 1
+"""Highest counter in a message: its receiver records events above it, and their counters have to fit in 64 bits."""
 TEXT_MAX: Final = 400
 
 
@@ -414,7 +416,13 @@ SPECS: Final[dict[Kind, Spec]] = {
 
 _KIND_OF: Final = {spec.cls: kind for kind, spec in SPECS.items()}
 _CHECKS: Final = {
-    int(kind): (spec.cls, struct.Struct("<" + spec.ints).pack, len(spec.ints), spec.tail)
+    int(kind): (
+        spec.cls,
+        struct.Struct("<" + spec.ints).pack,
+        len(spec.ints),
+        spec.tail,
+        spec.cls._fields.index("lamport") if "lamport" in spec.cls._fields else -1,
+    )
     for kind, spec in SPECS.items()
 }
 _packer: Final = msgpack.Packer(autoreset=True)
@@ -446,7 +454,7 @@ def decode(raw: bytes | memoryview) -> Message:
     check = _CHECKS.get(parts[1])
     if check is None:
         raise WireError(Nack.UNKNOWN_KIND, f"kind {parts[1]} is unknown")
-    cls, pack, ints, tail = check
+    cls, pack, ints, tail, lamport_at = check
     fields = parts[2:]
     expected = ints + (tail is not None)
     if len(fields) != expected:
@@ -457,6 +465,12 @@ def decode(raw: bytes | memoryview) -> Message:
         pack(*fields[:ints])
     except (struct.error, TypeError) as error:
         raise WireError(Nack.FIELD, f"{cls.__name__}: {error}", _safe(parts[1])) from error
+    if lamport_at >= 0 and fields[lamport_at] > LAMPORT_MAX:
+        raise WireError(
+            Nack.FIELD,
+            f"{cls.__name__}: lamport {fields[lamport_at]} is above {LAMPORT_MAX}",
+            _safe(parts[1]),
+        )
     if tail is None:
         return cls(*fields)  # type: ignore[no-any-return]
     return _with_tail(cls, fields, tail, parts[1])

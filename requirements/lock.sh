@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Writes run.txt, test.txt and dev.txt: every package with its version and the hashes of its files.
+# Writes run.txt, test.txt, dev.txt and fuzz.txt: every package with its version and the hashes of its files.
 # Needs pip-tools (python -m pip install pip-tools) on the oldest supported Python, 3.11.
-# test.txt contains run.txt, dev.txt contains test.txt, with equal versions: each is constrained by the one before.
+# test.txt contains run.txt, dev.txt and fuzz.txt contain test.txt, with equal versions: each is constrained by the one before.
 # Index and mirror settings of this machine stay out of the files.
 # Arguments go to pip-compile, for instance: requirements/lock.sh --upgrade
 set -euo pipefail
@@ -22,3 +22,4 @@ PASS=("$@")
 compile requirements/run.txt ""
 compile requirements/test.txt requirements/run.txt test
 compile requirements/dev.txt requirements/test.txt test dev
+compile requirements/fuzz.txt requirements/test.txt test fuzz

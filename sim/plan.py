@@ -8,20 +8,18 @@ A plan says what the machine is (guests, host memory, daemons), how time passes 
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
 from guest.boot import PROGRAMS
-from proto.errors import UserError
+from proto.files import TOML_BYTES_MAX, parse_toml, read_regular
 from proto.layout import ALLOC_FIRST_GFN
 from proto.profile import PROFILES
 from proto.topology import process_pages
 from sim.table_reader import Reader
 
-FILE_BYTES_MAX: Final = 1 << 20
 SEED_MAX: Final = (1 << 63) - 1
 WORKLOADS: Final = ("bm", *sorted(set(PROGRAMS) - {"replay"}))
 MODES_OF: Final = {
@@ -177,24 +175,8 @@ def _plain(value: Any) -> str:
 
 def load(path: Path) -> SimPlan:
     """Read and check one file."""
-    where = str(path)
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise UserError(
-            "the plan cannot be read", where=where, found=error.strerror, allowed="a TOML file"
-        ) from error
-    if len(raw) > FILE_BYTES_MAX:
-        raise UserError(
-            "the plan is too large", where=where, found=len(raw), allowed=f"at most {FILE_BYTES_MAX} bytes"
-        )
-    try:
-        values = tomllib.loads(raw.decode())
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(
-            f"not a TOML file: {error}", where=where, allowed="as `sim --seed N --out DIR` writes"
-        ) from error
-    return parse(values, where)
+    raw = read_regular(path, "plan", TOML_BYTES_MAX, "a TOML file")
+    return parse(parse_toml(raw, str(path), "as `sim --seed N --out DIR` writes")[0], str(path))
 
 
 def parse(values: Mapping[str, Any], where: str) -> SimPlan:

@@ -9,18 +9,17 @@ Not handled here: what a scenario does (sim/scenario_guest.py) and whether it he
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from proto.errors import UserError
+from proto.files import TOML_BYTES_MAX, parse_toml, read_regular
 from proto.profile import PROFILES
 from sim.scenario_steps import PAGE_MAX, SERVICE_US_MAX, U64_MAX, Step, check_steps, read_step
 from sim.table_reader import Reader
 
-FILE_BYTES_MAX: Final = 1 << 20
 TASKS_MAX: Final = 1024
 TOUCHES_MAX: Final = 1024
 TABLES_PAGE_MAX: Final = 510
@@ -89,28 +88,9 @@ class Scenario:
 
 def load(path: Path) -> Scenario:
     """Read and check one file."""
-    where = str(path)
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise UserError(
-            "the scenario cannot be read", where=where, found=error.strerror, allowed="a TOML file"
-        ) from error
-    if len(raw) > FILE_BYTES_MAX:
-        raise UserError(
-            "the scenario is too large",
-            where=where,
-            found=len(raw),
-            allowed=f"at most {FILE_BYTES_MAX} bytes",
-        )
-    try:
-        text = raw.decode()
-        values = tomllib.loads(text)
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(
-            f"not a TOML file: {error}", where=where, allowed="see docs/protocol-scenarios.md"
-        ) from error
-    return parse(values, where, _about(text))
+    raw = read_regular(path, "scenario", TOML_BYTES_MAX, "a TOML file")
+    values, text = parse_toml(raw, str(path), "see docs/protocol-scenarios.md")
+    return parse(values, str(path), _about(text))
 
 
 def parse(values: Mapping[str, Any], where: str, about: str = "") -> Scenario:

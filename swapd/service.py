@@ -33,6 +33,9 @@ from swapd.timer import Timer
 TCP_BUFFERS: Final = 1024
 """Pages under way on a tcp link: several times the host's window, so that a buffer is always free."""
 
+UNDER_WAY_MAX: Final = 4096
+"""Requests under way on an ipc link: 16 times the host's window, and what the engine has room for."""
+
 UNLIMITED: Final = 65_536
 """Servers of a modelled device without a bound: more than can ever be under way."""
 
@@ -142,9 +145,11 @@ class Service:
         self._clock.observe(message.lamport)
         requests = [Request(i, op, frame, slot) for i, op, frame, slot in message.records.tolist()]
         pages = self._pages(requests, extra)
+        # Before any of them counts as under way: one that is, and was not started, would never be answered.
         if self.buffers is not None:
-            # Before any of them counts as under way: one that is, and was not started, would never be answered.
             self.buffers.check_room(len(requests))
+        elif len(self.queue) + len(requests) > UNDER_WAY_MAX:
+            raise WireError(Nack.NOT_EXPECTED, f"more than {UNDER_WAY_MAX} requests under way", wire.Kind.IO)
         start, at_once = self.queue.accept(requests, message.settled, time.monotonic_ns())
         if start:
             ops = np.empty((len(start), 4), np.uint64)

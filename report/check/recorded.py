@@ -17,9 +17,15 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from proto.errors import UserError
+from proto.files import read_regular
 from proto.trace import EVENT, Events, Kind
 
 SUFFIX: Final = ".jsonl"
+BYTES_MAX: Final = 256 << 20
+"""The recordings at hand have kilobytes; a line takes some hundred bytes of memory."""
+US_MAX: Final = 1e15
+"""Thirty years: times stay exact to the nanosecond in 64 bits."""
+DIGITS_MAX: Final = 24
 TRACE, GUEST, PAGES = 0, 1, 2
 SOURCES: Final = {"trace": TRACE, "guest": GUEST, "pages": PAGES}
 _HEX: Final = r"(0x[0-9a-f]+|[0-9a-f]+)"
@@ -37,6 +43,11 @@ class Recording(NamedTuple):
 
 def _hex(text: str) -> int:
     return int(text, 16)
+
+
+def _decimal(text: str) -> int:
+    """Of more digits than 64 bits have only so many: too large all the same, and `int` refuses thousands of them."""
+    return int(text[:DIGITS_MAX])
 
 
 def _exception(vector: str, error: str | None) -> Fields:
@@ -77,7 +88,7 @@ _PATTERNS: Final[dict[str, tuple[str, Callable[..., tuple[Kind, Fields]]]]] = {
     ),
     "kvm_apic_accept_irq": (
         r"apicid \d+ vec (\d+) \(\w+\|\w+\)",
-        lambda vector: (Kind.APIC_ACCEPT_IRQ, {"a": int(vector)}),
+        lambda vector: (Kind.APIC_ACCEPT_IRQ, {"a": _decimal(vector)}),
     ),
 }
 _GUEST_ARGS: Final = re.compile(rf"task=(\d+) val={_HEX} aux={_HEX}")
@@ -92,8 +103,8 @@ _PAGES: Final = ("msg", "copy", "copied")
 def read_recording(path: Path) -> Recording:
     """Read one recording. UserError: file, line, what was found, what is known."""
     try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_regular(path, "recording", BYTES_MAX, "JSON lines").decode().splitlines()
+    except UnicodeDecodeError as error:
         raise UserError("the recording cannot be read", where=str(path), found=str(error)) from error
     records: list[tuple[int, float, int, Kind, Fields]] = []
     started = ended = 0
@@ -118,7 +129,8 @@ def _split(where: str, line: str) -> tuple[float, str, str, str]:
         us, source, name, args = (record[key] for key in ("us", "src", "ev", "args"))
         good = len(record) == 4 and source in SOURCES and isinstance(name, str) and isinstance(args, str)
         us = float(us)
-    except (ValueError, TypeError, KeyError) as error:
+        good = good and abs(us) <= US_MAX
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise UserError("not an event of a recording", where=where, found=line, allowed=allowed) from error
     if not good:
         raise UserError("not an event of a recording", where=where, found=line, allowed=allowed)
@@ -132,7 +144,9 @@ def _understand(where: str, source: str, name: str, args: str) -> tuple[Kind, Fi
         match = re.fullmatch(pattern, args)
         if match is None:
             raise UserError("unreadable arguments", where=where, key=name, found=args, allowed=pattern)
-        return build(*match.groups())
+        kind, fields = build(*match.groups())
+        _check_widths(where, name, fields)
+        return kind, fields
     if source == "guest" and name in _GUEST_KINDS:
         return _guest_event(where, name, args)
     if source == "pages" and name in _PAGES:
@@ -145,7 +159,7 @@ def _guest_fields(where: str, args: str) -> tuple[int, int]:
     match = _GUEST_ARGS.fullmatch(args)
     if match is None:
         raise UserError("unreadable arguments", where=where, found=args, allowed="task=N val=HEX aux=HEX")
-    return int(match[1]), _hex(match[2])
+    return _decimal(match[1]), _hex(match[2])
 
 
 def _guest_event(where: str, name: str, args: str) -> tuple[Kind, Fields] | None:
@@ -154,10 +168,27 @@ def _guest_event(where: str, name: str, args: str) -> tuple[Kind, Fields] | None
     if kind is None:
         return None
     if name == "NOTPRES":
-        return kind, {"token": value & 0xFFFF_FFFF, "a": task + 1, "b": value}
-    if name == "READY":
-        return kind, {"token": value & 0xFFFF_FFFF}
-    return kind, {"a": value if name == "IRQ" else task + 1}
+        fields = {"token": value & 0xFFFF_FFFF, "a": task + 1, "b": value}
+    elif name == "READY":
+        fields = {"token": value & 0xFFFF_FFFF}
+    else:
+        fields = {"a": value if name == "IRQ" else task + 1}
+    _check_widths(where, name, fields)
+    return kind, fields
+
+
+def _check_widths(where: str, name: str, fields: Fields) -> None:
+    """A number that an event has no room for is no number of a kernel."""
+    for key, value in fields.items():
+        bits = 32 if key == "token" else 64
+        if value >> bits:
+            raise UserError(
+                "too large a number",
+                where=where,
+                key=name,
+                found=hex(value),
+                allowed=f"an unsigned number of {bits} bits",
+            )
 
 
 def _to_events(records: list[tuple[int, float, int, Kind, Fields]]) -> Events:

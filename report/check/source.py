@@ -19,11 +19,13 @@ from typing import Any, Final
 import numpy as np
 
 from proto.errors import UserError
+from proto.files import read_regular
 from proto.trace import EVENT, FOLDER, HEADER_BYTES, SUFFIX, Events, event_files, merge, read_file
 
 WINDOW_EVENTS: Final = 1 << 17
 DEFAULT_PROFILE: Final = "mainline"
 SWAP_DAEMON: Final = "swapd"
+RUN_JSON_BYTES_MAX: Final = 16 << 20
 Counters = Any
 """Column of Lamport counters of a mapped file, u64, rising."""
 FINISHED: Final = "finished"
@@ -139,11 +141,11 @@ def _take_run_json(source: Source, path: Path) -> None:
         source.notes.append(f"no run.json: taken for a {source.profile} run")
         return
     try:
-        record: dict[str, Any] = json.loads(path.read_text())
+        record: dict[str, Any] = json.loads(read_regular(path, "run.json", RUN_JSON_BYTES_MAX, "a run.json"))
         source.profile = record["topology"]["run"]["profile"]
         ended = record.get("ended")
         restored = record.get("restored", False)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             "not the run.json of a run", where=str(path), found=str(error), allowed="topology.run.profile"
         ) from error

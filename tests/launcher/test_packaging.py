@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-LOCKS = ("run", "test", "dev")
+LOCKS = ("run", "test", "dev", "fuzz")
 APP_FOLDERS = (
     "proto",
     "host",
@@ -153,7 +153,7 @@ def test_no_index_is_named(name: str) -> None:
     assert not re.search(r"://|--(extra-)?index|--find-links|--trusted-host|/opt/|/root/|/home/", _lock(name))
 
 
-@pytest.mark.parametrize(("smaller", "larger"), [("run", "test"), ("test", "dev")])
+@pytest.mark.parametrize(("smaller", "larger"), [("run", "test"), ("test", "dev"), ("test", "fuzz")])
 def test_the_larger_set_contains_the_smaller(smaller: str, larger: str) -> None:
     assert _pins(smaller).items() <= _pins(larger).items()
 
@@ -164,11 +164,12 @@ def test_every_dependency_is_locked() -> None:
     assert _names(project["dependencies"]) <= _pins("run").keys()
     assert _names(extras["test"]) <= _pins("test").keys()
     assert _names(extras["dev"]) <= _pins("dev").keys()
+    assert _names(extras["fuzz"]) <= _pins("fuzz").keys()
 
 
 def test_every_dependency_has_a_reason() -> None:
     project = _project()
     text = (ROOT / "pyproject.toml").read_text()
     extras = project["optional-dependencies"]
-    for requirement in [*project["dependencies"], *extras["test"], *extras["dev"]]:
+    for requirement in [*project["dependencies"], *extras["test"], *extras["dev"], *extras["fuzz"]]:
         assert re.search(rf'^    "{re.escape(requirement)}", +# \w.{{10,}}$', text, re.MULTILINE), requirement

@@ -21,7 +21,10 @@ BITS = {"B": 8, "H": 16, "I": 32, "Q": 64}
 
 def example(kind: Kind) -> Any:
     spec = SPECS[kind]
-    values: list[Any] = [(1 << BITS[w]) - 1 for w in spec.ints]
+    values: list[Any] = [
+        wire.LAMPORT_MAX if name == "lamport" else (1 << BITS[w]) - 1
+        for name, w in zip(spec.cls._fields, spec.ints, strict=False)
+    ]
     if spec.tail == "text":
         values.append("why")
     elif spec.tail is not None:
@@ -51,6 +54,14 @@ def test_every_integer_field_is_checked(kind: Kind) -> None:
                 wire.decode(msgpack.packb(changed))
             assert caught.value.code is Nack.FIELD
             assert caught.value.kind == kind
+
+
+@pytest.mark.parametrize("kind", [kind for kind in Kind if "lamport" in SPECS[kind].cls._fields])
+def test_a_counter_leaves_room_for_those_of_its_receiver(kind: Kind) -> None:
+    beyond = example(kind)._replace(lamport=wire.LAMPORT_MAX + 1)
+    with pytest.raises(WireError) as caught:
+        wire.decode(wire.encode(beyond))
+    assert (caught.value.code, caught.value.kind) == (Nack.FIELD, kind)
 
 
 @pytest.mark.parametrize("kind", list(Kind))
