@@ -213,7 +213,7 @@ class VcpuShell:
             ctx.segments["pcpu"].u64, cpu, ctx.eventfds, ctx.topology.pcpus(usable), self.slice_ns
         )
         self.context = link.new_context()
-        self.socket = link.connect_dealer(self.context, ctx.endpoint, link.vcpu_identity(cpu))
+        self.socket = link.connect_dealer(self.context, ctx.endpoint, link.vcpu_identity(cpu, ctx.key))
         self.socket.setsockopt(zmq.RCVTIMEO, LOOK_MS)
         self._boot_ns = time.monotonic_ns()
         self._measured = False

@@ -125,9 +125,10 @@ class HostShell:
         self.finished = False
         self.leaving = False
         self.launcher: bytes | None = None
+        self.peers: dict[bytes, tuple[str, int, int]] = {}
         self.next_ping_ns = 0
         self.next_gauge_ns = 0
-        self.cpu_identity = [link.vcpu_identity(cpu) for cpu in range(self.topology.total_vcpus)]
+        self.cpu_identity = [link.vcpu_identity(cpu, ctx.key) for cpu in range(self.topology.total_vcpus)]
         self._effects: dict[type[Any], Callable[[Any], None]] = {
             ev.Enter: self._enter,
             ev.KickVcpu: self._kick,
@@ -330,7 +331,7 @@ class HostShell:
     # -- receiving -----------------------------------------------------------------------------------------
     def _receive(self, parts: list[bytes]) -> None:
         identity = parts[0]
-        peer = link.parse_identity(identity)
+        peer = self.peers.get(identity) or self._peer(identity)
         if peer is None or len(parts) < 2:
             self._refuse(identity, WireError(Nack.STRANGER, "not a peer of this run"))
             return
@@ -344,6 +345,13 @@ class HostShell:
     ) -> None:
         """Handle a message of a peer. WireError for what the peer may not say."""
         self._messages.get(type(message), self._not_expected)(peer, identity, message, extra)
+
+    def _peer(self, identity: bytes) -> tuple[str, int, int] | None:
+        """Who has this routing id. Known ones are remembered: a run has some for each process, and strangers have none."""
+        peer = link.parse_identity(identity, self.ctx.key)
+        if peer is not None:
+            self.peers[identity] = peer
+        return peer
 
     def _refuse(self, identity: bytes, error: WireError) -> None:
         self.obs.count(HostCounter.BAD_MESSAGES)
@@ -465,7 +473,7 @@ class HostShell:
         kind, number, epoch = peer
         if kind != "S" or number >= len(self.daemons):
             raise WireError(Nack.STRANGER, "PONG from a peer that is no daemon", wire.Kind.PONG)
-        if epoch != self.daemons[number].epoch:
+        if epoch != self.daemons[number].epoch or not self.daemons[number].up:
             raise WireError(Nack.STALE_EPOCH, f"epoch {epoch}", wire.Kind.PONG)
         self.daemons[number].last_pong_ns = time.monotonic_ns()
 

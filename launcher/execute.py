@@ -37,7 +37,7 @@ from launcher.signals import Signals
 from launcher.supervisor import ZYGOTE_STOP_S, Outcome, Supervisor
 from launcher.watch import Watch
 from launcher.zygote_link import Zygote
-from proto import inputlog
+from proto import inputlog, link
 from proto.errors import UserError
 from proto.image import ImageReader
 from proto.topology import Topology
@@ -163,6 +163,7 @@ class _Run:
             if made is None:
                 return
             self._begin(number, made)
+            key = link.new_key()
             supervisor = Supervisor(
                 topology,
                 zygote,
@@ -171,6 +172,7 @@ class _Run:
                 self._signals,
                 self._progress,
                 began_ns=self._began_ns,
+                key=key,
                 chaos=options.chaos,
                 bounds=options.bounds,
                 save_at_ns=save_at_ns,
@@ -184,6 +186,7 @@ class _Run:
                 "lamport": self.carried.lamport,
                 "image": str(image or ""),
                 "log_inputs": inputlog.folder(number) if options.log_inputs else "",
+                "key": key,
             }
             zygote.send_setup(config, _descriptors(made))
             start_ns = self.outcome.start_ns

@@ -106,7 +106,8 @@ def _sizes(block: U8, ends: I64) -> tuple[I64, I64, Bools]:
     commas = np.full(len(ends), -1, np.int64)
     open_ = np.ones(len(ends), np.bool_)
     for place in range(_SIZE_DIGITS_MAX + 1):
-        at = ends - 1 - place
+        # Before the block there is nothing; its first byte, a blank of a data line, ends the number.
+        at = np.maximum(ends - 1 - place, 0)
         byte = block[at]
         here = open_ & (byte == _COMMA)
         commas[here] = at[here]

@@ -2,8 +2,8 @@
 
 Purpose: `create` makes the run directory (mode 0700) with its folders for logs and events, and the folder of the sockets.
 
-Invariants: a directory that existed before is used only when it is empty; only a directory without a name given by the user is
-removed at the end, and sockets always are; the path of a socket fits into what the kernel takes.
+Invariants: a directory that existed before is used only when it is empty and the user's own; only a directory without a name given by
+the user is removed at the end, and sockets always are; the path of a socket fits into what the kernel takes.
 
 Not handled here: what the files in it mean (report/, docs/).
 """
@@ -139,12 +139,17 @@ def _is_writable_disk(folder: Path) -> bool:
 
 def named(out: Path) -> tuple[Path, bool]:
     """Make the directory that the user named, or take it if it is empty; (absolute path, it was made). Raises UserError."""
-    allowed = "a new or an empty directory that can be written"
+    allowed = "a new or an empty directory of yours that can be written"
     created = not out.exists()
     try:
         out.mkdir(mode=0o700, parents=True, exist_ok=True)
         if any(out.iterdir()):
             raise UserError("the run directory is not empty", where="--out", found=str(out), allowed=allowed)
+        if out.stat().st_uid != os.geteuid():
+            # Its owner could have the sockets, or put others in their place.
+            raise UserError(
+                "the run directory belongs to somebody else", where="--out", found=str(out), allowed=allowed
+            )
         out.chmod(0o700)
         probe = out / ".probe"
         probe.touch()

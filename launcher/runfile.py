@@ -63,7 +63,9 @@ def describe(
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file so that a reader sees the old or the new one, never a part."""
     temporary = path.with_name(path.name + ".new")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with os.fdopen(fd, "w") as file:
+        file.write(json.dumps(content, indent=2) + "\n")
     temporary.replace(path)
 
 

@@ -74,7 +74,7 @@ class ScenarioShell:
         self._kick_due = False
         """A kick came while a step of the script was under way."""
         self.context = link.new_context()
-        self.socket = link.connect_dealer(self.context, ctx.endpoint, link.vcpu_identity(cpu))
+        self.socket = link.connect_dealer(self.context, ctx.endpoint, link.vcpu_identity(cpu, ctx.key))
 
     def run(self) -> None:
         """Until BYE."""

@@ -59,7 +59,9 @@ class PageServer:
         self.leaving = False
         self._sequence = 0
         self.context = link.new_context()
-        self.socket = link.connect_dealer(self.context, ctx.endpoint, link.swapd_identity(daemon, epoch))
+        self.socket = link.connect_dealer(
+            self.context, ctx.endpoint, link.swapd_identity(daemon, epoch, ctx.key)
+        )
 
     def loop(self) -> None:
         """Until BYE."""

@@ -97,6 +97,7 @@ class Supervisor:
         progress: Progress,
         *,
         began_ns: int,
+        key: bytes = b"",
         chaos: ChaosPlan | None = None,
         bounds: Bounds | None = None,
         save_at_ns: int = 0,
@@ -104,6 +105,8 @@ class Supervisor:
         signals_seen: int | None = None,
     ) -> None:
         """began_ns: when the user's wait began, monotonic. chaos: kill daemons, too. save_at_ns: see `Lifecycle`.
+
+        key: the secret of the run (proto/link.py).
 
         before: what became of the run so far, when this set of processes goes on from an image. signals_seen: those that the run
         has dealt with; by default all so far.
@@ -115,6 +118,7 @@ class Supervisor:
         self._zygote = zygote
         self._zygote_gone = False
         self._run_dir = run_dir
+        self._key = key
         self._resources = resources
         self._signals = signals
         self._signals_seen = signals.count if signals_seen is None else signals_seen
@@ -339,7 +343,9 @@ class Supervisor:
     def _connect(self) -> None:
         self._connecting = False
         self._context = link.new_context()
-        self._dealer = link.connect_dealer(self._context, self._run_dir.endpoint, link.LAUNCHER_ID)
+        self._dealer = link.connect_dealer(
+            self._context, self._run_dir.endpoint, link.launcher_identity(self._key)
+        )
         self._poller.register(self._dealer, zmq.POLLIN)
         self._tell(wire.Hello(wire.Role.LAUNCHER, 0, 0, os.getpid()))
 

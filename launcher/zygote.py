@@ -360,6 +360,7 @@ def make_context(config: Mapping[str, Any], fds: Sequence[int]) -> RunContext:
         trace_bytes=config["trace_bytes"],
         events=config["events"],
         lamport=config["lamport"],
+        key=config.get("key", b""),
         image=config["image"],
         log_inputs=config["log_inputs"],
     )
@@ -400,6 +401,8 @@ def main(arguments: Sequence[str]) -> int:
         sys.stderr.write("launcher.zygote is started by the launcher: FD LAUNCHER_PID [PATH...]\n")
         return EXIT_USAGE
     faulthandler.enable()
+    # Sockets and whatever else the roles make in the run directory is the user's alone.
+    os.umask(0o077)
     link = socket.socket(fileno=int(arguments[0]))
     return _Zygote(link, int(arguments[1]), [Path(path) for path in arguments[2:]]).run()
 

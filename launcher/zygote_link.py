@@ -112,7 +112,8 @@ class Zygote:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket = ours
         path = os.pathsep.join(filter(None, (str(APP_DIR), os.environ.get("PYTHONPATH"))))
-        with theirs, log.open("ab") as output:
+        log_fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        with theirs, os.fdopen(log_fd, "ab") as output:
             self._process = subprocess.Popen(
                 [
                     sys.executable,

@@ -3,10 +3,16 @@
 ROUTER on the host, DEALER elsewhere. Sends never block: the protocol bounds what is in flight (64 faults per vCPU, a window per
 daemon), so a full queue means a peer that stopped reading, and the message counts as lost to that peer. Contexts are made after
 fork; nothing here may be called in the zygote.
+
+A routing id names its peer and carries a seal made with the secret of the run. ROUTER gives an id to one connection at a time, so what
+comes under an id comes from somebody who knows the secret, and nobody else can take the place of a daemon that is about to be
+restarted.
 """
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import os
 import struct
 from typing import Final
@@ -26,28 +32,46 @@ FRAME_BYTES_MAX: Final = 64 * 1024
 still answered.
 """
 
-LAUNCHER_ID: Final = b"L"
+KEY_BYTES: Final = 32
+SEAL_BYTES: Final = 16
 
 
-def vcpu_identity(cpu: int) -> bytes:
+def new_key() -> bytes:
+    """The secret of a run. Whoever has it can be any peer of the run, so it never leaves the memory of its processes."""
+    return os.urandom(KEY_BYTES)
+
+
+def _sealed(name: bytes, key: bytes) -> bytes:
+    return name + hashlib.blake2b(name, digest_size=SEAL_BYTES, key=key).digest()
+
+
+def launcher_identity(key: bytes = b"") -> bytes:
+    """Routing id of the launcher."""
+    return _sealed(b"L", key)
+
+
+def vcpu_identity(cpu: int, key: bytes = b"") -> bytes:
     """Routing id of global vCPU ``cpu``."""
-    return b"V" + struct.pack(">H", cpu)
+    return _sealed(b"V" + struct.pack(">H", cpu), key)
 
 
-def swapd_identity(daemon: int, epoch: int) -> bytes:
+def swapd_identity(daemon: int, epoch: int, key: bytes = b"") -> bytes:
     """Routing id of one incarnation of a daemon: a stale incarnation can never be taken for its successor."""
-    return b"S" + struct.pack(">BI", daemon, epoch)
+    return _sealed(b"S" + struct.pack(">BI", daemon, epoch), key)
 
 
-def parse_identity(identity: bytes) -> tuple[str, int, int] | None:
-    """(kind letter, index, epoch) of a routing id; None for a stranger."""
-    if identity == LAUNCHER_ID:
+def parse_identity(identity: bytes, key: bytes = b"") -> tuple[str, int, int] | None:
+    """(kind letter, index, epoch) of a routing id; None for a stranger, which is everybody who does not know the key."""
+    name = identity[:-SEAL_BYTES]
+    if not hmac.compare_digest(identity, _sealed(name, key)):
+        return None
+    if name == b"L":
         return "L", 0, 0
-    if len(identity) == 3 and identity[:1] == b"V":
-        cpu = struct.unpack(">H", identity[1:])[0]
+    if len(name) == 3 and name[:1] == b"V":
+        cpu = struct.unpack(">H", name[1:])[0]
         return ("V", cpu, 0) if cpu < MAX_VCPUS else None
-    if len(identity) == 6 and identity[:1] == b"S":
-        daemon, epoch = struct.unpack(">BI", identity[1:])
+    if len(name) == 6 and name[:1] == b"S":
+        daemon, epoch = struct.unpack(">BI", name[1:])
         return "S", daemon, epoch
     return None
 

@@ -58,6 +58,8 @@ class RunContext:
     """Folder of the event files in the run directory: each set of processes of a run has its own."""
     lamport: int = 0
     """Counters of this set of processes begin above it."""
+    key: bytes = b""
+    """Of this run: routing ids are made and known by it (proto/link.py)."""
     image: str = ""
     """Path of the image that this set of processes goes on from; "" = from the boot."""
     log_inputs: str = ""
@@ -66,7 +68,7 @@ class RunContext:
     def trace(self, name: str, proc: int) -> TraceWriter:
         """The event file of this process: ``NAME.bin`` in its folder of the run directory."""
         folder = self.run_dir / self.events
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
         writer = TraceWriter(folder / f"{name}.bin", proc, capacity_bytes=self.trace_bytes)
         writer.observe(self.lamport)
         return writer

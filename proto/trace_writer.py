@@ -252,7 +252,7 @@ class TraceWriter:
 
 def _create_file(path: Path, header: bytes, size: int) -> tuple[int, mmap.mmap]:
     """A new sparse file with that header, open and mapped."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         # The header first: whenever the process is killed, the file is short or has one.
         os.write(fd, header)

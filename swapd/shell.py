@@ -62,7 +62,7 @@ class SwapdShell:
         self.leaving = False
         self.context = link.new_context()
         endpoint = ctx.tcp_endpoint if spec.transport == "tcp" else ctx.endpoint
-        self.socket = link.connect_dealer(self.context, endpoint, link.swapd_identity(daemon, epoch))
+        self.socket = link.connect_dealer(self.context, endpoint, link.swapd_identity(daemon, epoch, ctx.key))
         self.poller = zmq.Poller()
         self.poller.register(self.socket, zmq.POLLIN)
         self.service.register(self.poller)

@@ -21,6 +21,7 @@ from proto.trace import Events, Kind, read_run
 from tests import processes
 
 ROOT: Final = Path(__file__).resolve().parents[2]
+LAUNCH: Final = ROOT / "launch.py"
 RUN_BOUND_S: Final = 240.0
 """The first run on a machine compiles every kernel."""
 END_BOUND_S: Final = 30.0
@@ -111,12 +112,14 @@ class Ended:
 class Launched:
     """A command that runs; `said` grows with what it writes to standard error."""
 
-    def __init__(self, words: Sequence[str], out: Path | None = None, before: Sequence[str] = ()) -> None:
+    def __init__(
+        self, words: Sequence[str], out: Path | None = None, program: Path = LAUNCH, before: Sequence[str] = ()
+    ) -> None:
         """before: words in front of the command, of a program that then becomes it."""
         self.out = out
         self.said: list[str] = []
         self.process = subprocess.Popen(
-            [*before, sys.executable, str(ROOT / "launch.py"), *words],
+            [*before, sys.executable, str(program), *words],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -203,10 +206,10 @@ class Runner:
         path.write_text(text)
         return path
 
-    def start(self, *words: str, out: Path | None = None) -> Launched:
+    def start(self, *words: str, out: Path | None = None, program: Path = LAUNCH) -> Launched:
         """Start a command and do not wait for it."""
         extra = ["--out", str(out)] if out is not None else []
-        launched = Launched([*words, *extra], out)
+        launched = Launched([*words, *extra], out, program)
         self._started.append(launched)
         return launched
 

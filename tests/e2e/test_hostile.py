@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
+import signal
 import struct
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Final
 
 import msgpack
@@ -15,11 +20,14 @@ import zmq
 
 from proto import link, wire
 from proto.wire import Nack
-from tests.e2e.runs import BM, Runner
+from tests.e2e import known_key
+from tests.e2e.known_key import KEY
+from tests.e2e.runs import BM, Launched, Runner
 
 ANSWER_BOUND_S: Final = 20.0
 FLOOD: Final = 2000
 STRANGER: Final = b"stranger"
+KNOWN_KEY: Final = Path(known_key.__file__)
 EXIT: Final = wire.encode(wire.Exit(1, 1, wire.ExitReason.HLT, 0, 3, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0))
 DONE_RECORDS: Final = np.array([(1, 4096, 10), (2, 4096, 10)], wire.DONE_DTYPE)
 
@@ -113,13 +121,20 @@ def _well_formed(records: np.ndarray) -> list[wire.Message]:
 def test_hostile_peers_are_refused_and_the_run_goes_on(runner: Runner) -> None:
     path = runner.file(BM)
     out = runner.folder / "out"
-    run = runner.start("run", str(path), "--json", "--seconds", "5", out=out)
+    run = runner.start("run", str(path), "--json", "--seconds", "5", out=out, program=KNOWN_KEY)
     run.wait_for(": running")
     assert (out / "h").is_socket()
     # Routing ids that parse, of a vCPU and a daemon that this run does not have, and of a past or future daemon.
-    no_vcpu, no_daemon = link.vcpu_identity(7), link.swapd_identity(9, 0)
-    later = link.swapd_identity(0, 5)
-    identities = [STRANGER, no_vcpu, no_daemon, later, link.vcpu_identity(0), link.LAUNCHER_ID]
+    no_vcpu, no_daemon = link.vcpu_identity(7, KEY), link.swapd_identity(9, 0, KEY)
+    later = link.swapd_identity(0, 5, KEY)
+    identities = [
+        STRANGER,
+        no_vcpu,
+        no_daemon,
+        later,
+        link.vcpu_identity(0, KEY),
+        link.launcher_identity(KEY),
+    ]
     refused = 0
     with _peers(f"ipc://{out / 'h'}", identities) as (stranger, vcpu, daemon, stale, *doubles):
         malformed = _malformed()
@@ -176,3 +191,152 @@ def test_hostile_peers_are_refused_and_the_run_goes_on(runner: Runner) -> None:
     assert summary["totals"]["bad_messages"] == refused
     assert summary["totals"]["stale_replies"] >= 2 * len(DONE_RECORDS)
     assert any("break the contract" in text for text in summary["warnings"])
+
+
+# -- who does not know the secret -------------------------------------------------------------------------------------------------
+def _pretenders() -> list[bytes]:
+    """Routing ids of peers that the run has, or will have, as somebody makes them who has read the source."""
+    names = [b"L", b"V\0\0", b"S\0\0\0\0\0", b"S\0\0\0\0\1", b"S\0\0\0\0\2"]
+    guessed = [
+        link.launcher_identity(), link.vcpu_identity(0), link.swapd_identity(0, 0), link.swapd_identity(0, 1),
+        link.swapd_identity(0, 1, bytes(32)), link.swapd_identity(0, 1, KEY)[:-1], link.swapd_identity(0, 1, KEY) + b"\0",
+    ]  # fmt: skip
+    return names + guessed
+
+
+def _claims(epoch: int) -> list[wire.Message]:
+    """What would give a stranger pages to read and to write, and the guests' tokens."""
+    return [
+        wire.Hello(wire.Role.SWAPD, 0, epoch, 1),
+        wire.IoDone(epoch, 1, DONE_RECORDS),
+        wire.Pong(epoch, 1),
+        wire.Hello(wire.Role.VCPU, 0, 0, 1),
+        wire.decode(EXIT),
+        wire.Hello(wire.Role.LAUNCHER, 0, 0, 1),
+        wire.DaemonDown(0, 0),
+        wire.DaemonFenced(0, 0),
+    ]
+
+
+def test_neither_strangers_nor_former_daemons_get_a_page_or_a_token(runner: Runner) -> None:
+    path, out = runner.file(BM), runner.folder / "out"
+    run = runner.start("run", str(path), "--json", "--seconds", "8", out=out, program=KNOWN_KEY)
+    run.wait_for(": running")
+    endpoint = f"ipc://{out / 'h'}"
+    refused = 0
+    with _peers(endpoint, _pretenders()) as pretenders:
+        # They are there before the successor is: nobody takes its place.
+        for round_ in range(2):
+            for pretender in pretenders:
+                for message in _claims(1):
+                    pretender.say(wire.encode(message))
+                assert set(pretender.codes(len(_claims(1)))) == {Nack.STRANGER}
+                refused += len(_claims(1))
+            if round_ == 0:
+                former = run.pid_of("swapd-0")
+                os.kill(former, signal.SIGKILL)
+                _wait_for_successor(run, former)
+        # The former daemon's own routing id, with its secret: what it says is of the old epoch.
+        with _peers(endpoint, [link.swapd_identity(0, 0, KEY)]) as (old,):
+            for message in (
+                wire.Hello(wire.Role.SWAPD, 0, 0, 1),
+                wire.IoDone(0, 1, DONE_RECORDS),
+                wire.Pong(0, 1),
+            ):
+                old.say(wire.encode(message))
+            assert old.codes(3) == [Nack.STALE_EPOCH] * 3
+            refused += 3
+            # A record of the new epoch does not help under the old id.
+            old.say(wire.encode(wire.IoDone(1, 1, DONE_RECORDS)))
+            assert old.codes(1) == [Nack.STALE_EPOCH]
+            refused += 1
+    ended = run.end()
+    assert ended.code == 0, ended.stderr
+    summary = ended.summary
+    assert summary["integrity"]["errors"] == 0
+    assert summary["integrity"]["reads_checked"] > 0
+    assert summary["tasks"]["killed"] == 0
+    assert summary["totals"]["restarts"] == 1
+    assert summary["totals"]["bad_messages"] == refused
+
+
+def _wait_for_successor(run: Launched, former: int) -> None:
+    deadline_s = time.monotonic() + ANSWER_BOUND_S
+    while run.pid_of("swapd-0") == former:
+        assert time.monotonic() < deadline_s
+
+
+# -- who sends without end, who never reads -----------------------------------------------------------------------------------------
+FLOOD_S: Final = 2.0
+FLOODERS: Final = 3
+PER_PEER_MIB: Final = link.HWM * link.FRAME_BYTES_MAX >> 20
+SPARE_MIB: Final = 64
+
+
+def _anonymous_mib(pid: int) -> int:
+    """Memory of a process that is its own."""
+    found = re.search(r"^RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1]) >> 10
+
+
+def test_floods_and_deaf_peers_neither_stop_a_run_nor_make_it_grow(runner: Runner) -> None:
+    path, out = runner.file(BM), runner.folder / "out"
+    run = runner.start("run", str(path), "--json", "--seconds", "8", out=out, program=KNOWN_KEY)
+    run.wait_for(": running")
+    host = run.pid_of("host-0")
+    before_mib = most_mib = _anonymous_mib(host)
+    endpoint = f"ipc://{out / 'h'}"
+    no_daemon = link.swapd_identity(9, 0, KEY)
+    sent = 0
+    with _peers(endpoint, [*(b"flood %d" % n for n in range(FLOODERS)), no_daemon]) as (*flooders, member):
+        # None of them reads an answer. The largest frames, a peer that could be one among them: it is decoded, too.
+        blocks = [bytes(link.FRAME_BYTES_MAX), EXIT, b"\xdd\xff\xff\xff\xff" + bytes(30_000)]
+        for peer in (*flooders, member):
+            peer.socket.setsockopt(zmq.SNDTIMEO, 0)
+        until_s = time.monotonic() + FLOOD_S
+        while time.monotonic() < until_s:
+            for peer in (*flooders, member):
+                for block in blocks:
+                    with contextlib.suppress(zmq.Again):
+                        peer.say(block)
+                        sent += 1
+            if sent % 64 == 0:
+                most_mib = max(most_mib, _anonymous_mib(host))
+        most_mib = max(most_mib, _anonymous_mib(host))
+        # Others are heard meanwhile.
+        with _peers(endpoint, [b"later"]) as (later,):
+            later.say(EXIT)
+            assert later.codes(1) == [Nack.STRANGER]
+    ended = run.end()
+    assert ended.code == 0, ended.stderr
+    summary = ended.summary
+    assert sent > 10 * FLOODERS
+    assert most_mib - before_mib < (FLOODERS + 1) * PER_PEER_MIB + SPARE_MIB
+    assert summary["integrity"]["errors"] == 0
+    assert summary["totals"]["bad_messages"] >= FLOODERS
+    assert summary["integrity"]["reads_checked"] > 0
+
+
+# -- the run directory --------------------------------------------------------------------------------------------------------------
+def test_everything_in_a_run_directory_is_the_users_alone(runner: Runner) -> None:
+    path, out = runner.file(BM), runner.folder / "out"
+    before = os.umask(0)
+    try:
+        run = runner.start("run", str(path), "--json", "--seconds", "1", out=out)
+    finally:
+        os.umask(before)
+    run.wait_for(": running")
+    seen = {"h", "run.json", "logs/zygote-0.log", "events/host.bin", "events/vcpu-0.bin"}
+    assert seen <= _open_to_others(out).keys()
+    assert not any(_open_to_others(out).values())
+    assert run.end().code == 0
+    assert {"summary.json", "run.json"} <= _open_to_others(out).keys()
+    assert not any(_open_to_others(out).values())
+
+
+def _open_to_others(folder: Path) -> dict[str, int]:
+    """By name, the permissions that group and others have."""
+    return {
+        str(path.relative_to(folder)): path.lstat().st_mode & 0o077 for path in (folder, *folder.rglob("*"))
+    }

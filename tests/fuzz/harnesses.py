@@ -86,7 +86,7 @@ def _identity(data: bytes, _: Path) -> None:
     if found is not None:
         kind, number, epoch = found
         makers: dict[str, Callable[[], bytes]] = {
-            "L": lambda: link.LAUNCHER_ID,
+            "L": link.launcher_identity,
             "V": lambda: link.vcpu_identity(number),
             "S": lambda: link.swapd_identity(number, epoch),
         }

@@ -17,7 +17,7 @@ from proto.units import PAGE_SIZE
 TURN: Final = struct.Struct("<BBH")
 TURNS_MAX: Final = 64
 IDENTITIES: Final = (
-    link.vcpu_identity(0), link.vcpu_identity(1), link.swapd_identity(0, 0), link.swapd_identity(1, 0), link.LAUNCHER_ID,
+    link.vcpu_identity(0), link.vcpu_identity(1), link.swapd_identity(0, 0), link.swapd_identity(1, 0), link.launcher_identity(),
     link.swapd_identity(0, 1), link.vcpu_identity(2), b"stranger", b"", link.swapd_identity(9, 0xFFFF_FFFF),
 )  # fmt: skip
 V0, V1, S0, S1, L = range(5)

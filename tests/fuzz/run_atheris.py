@@ -1,7 +1,7 @@
 """Coverage-guided fuzzing of the decoders: ``python tests/fuzz/run_atheris.py [--minutes M] [--harness NAME]... [--found DIR]``.
 
 One harness after the other, each in a process of its own, for so many minutes; the corpus starts from the seeds of the table and is
-kept in .cache/fuzz. Ends with a table of executions and findings; an input that did harm is written to --found. Exit code 0: nothing
+kept in .cache/fuzz/corpus. Ends with a table of executions and findings; an input that did harm is written to --found. Exit code 0: nothing
 found; 1: something was; 2: atheris is not installed (requirements/fuzz.txt; it has wheels for some Pythons only).
 
 What counts as harm is what the tests check too: an error that is not documented, memory beyond the harness's bound (sampled, since
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import re
 import shutil
 import subprocess
@@ -26,7 +25,7 @@ from typing import Final
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-CORPUS: Final = ROOT / ".cache" / "fuzz"
+CORPUS: Final = ROOT / ".cache" / "fuzz" / "corpus"
 FOUND: Final = ROOT / "tests" / "fuzz" / "found"
 HANG_S: Final = 20
 RSS_MIB: Final = 2048
@@ -131,9 +130,7 @@ def _fuzz(name: str, seconds: int, found: Path) -> None:
     (found / name).mkdir(parents=True, exist_ok=True)
     for number, seed in enumerate(seeds):
         (corpus / f"seed-{number}").write_bytes(seed)
-    folder = Path(
-        tempfile.mkdtemp(prefix="apf-fuzz-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
-    )
+    folder = Path(tempfile.mkdtemp(prefix="scratch-", dir=CORPUS.parent))
     calls = 0
 
     def one(data: bytes) -> None:

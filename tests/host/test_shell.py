@@ -64,13 +64,13 @@ def hello(epoch: int) -> wire.Hello:
 
 
 def test_a_successor_whose_hello_overtakes_the_reports_is_admitted_after_the_fence(shell: Shell) -> None:
-    shell.say(link.LAUNCHER_ID, wire.Hello(wire.Role.LAUNCHER, 0, 0, 1))
+    shell.say(link.launcher_identity(), wire.Hello(wire.Role.LAUNCHER, 0, 0, 1))
     shell.say(daemon(0), hello(0))
     shell.say(daemon(1), hello(1))
     assert len(shell.answers(wire.Welcome)) == 1, "its predecessor has not been fenced"
-    shell.say(link.LAUNCHER_ID, wire.DaemonDown(0, 0))
+    shell.say(link.launcher_identity(), wire.DaemonDown(0, 0))
     assert len(shell.answers(wire.Welcome)) == 1
-    shell.say(link.LAUNCHER_ID, wire.DaemonFenced(0, 0))
+    shell.say(link.launcher_identity(), wire.DaemonFenced(0, 0))
     assert shell.answers(wire.Welcome)[-1].epoch == 1
     assert shell.swap.daemons[0].state is DaemonState.UP
     assert shell.answers(wire.NackMsg) == []
@@ -80,16 +80,16 @@ def test_an_early_successor_that_dies_is_forgotten(shell: Shell) -> None:
     shell.say(daemon(0), hello(0))
     shell.say(daemon(1), hello(1))
     for epoch in (0, 1):
-        shell.say(link.LAUNCHER_ID, wire.DaemonDown(0, epoch))
-    shell.say(link.LAUNCHER_ID, wire.DaemonFenced(0, 1))
+        shell.say(link.launcher_identity(), wire.DaemonDown(0, epoch))
+    shell.say(link.launcher_identity(), wire.DaemonFenced(0, 1))
     assert len(shell.answers(wire.Welcome)) == 1
     shell.say(daemon(2), hello(2))
     assert shell.answers(wire.Welcome)[-1].epoch == 2
 
 
 def test_a_stale_incarnation_gets_nowhere(shell: Shell) -> None:
-    shell.say(link.LAUNCHER_ID, wire.DaemonDown(0, 2))
-    shell.say(link.LAUNCHER_ID, wire.DaemonFenced(0, 2))
+    shell.say(link.launcher_identity(), wire.DaemonDown(0, 2))
+    shell.say(link.launcher_identity(), wire.DaemonFenced(0, 2))
     shell.say(daemon(3), hello(3))
     for sender, message in ((2, hello(2)), (2, wire.Pong(2, 1)), (5, hello(5))):
         shell.say(daemon(sender), message)
@@ -106,7 +106,7 @@ def test_a_stale_incarnation_gets_nowhere(shell: Shell) -> None:
         (link.vcpu_identity(0), wire.Stop("x"), Nack.STRANGER),
         (link.vcpu_identity(0), wire.Pong(0, 0), Nack.STRANGER),
         (link.vcpu_identity(5), wire.Hello(wire.Role.VCPU, 5, 0, 1), Nack.STRANGER),
-        (link.LAUNCHER_ID, wire.DaemonGone(9, "x"), Nack.FIELD),
+        (link.launcher_identity(), wire.DaemonGone(9, "x"), Nack.FIELD),
         (link.vcpu_identity(0), wire.Entry(0, 0, 0, 0, 0, 0, 0, 0, 0, 0), Nack.NOT_EXPECTED),
     ],
 )

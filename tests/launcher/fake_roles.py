@@ -65,7 +65,7 @@ class _Host:
         self.context.term()
 
     def _tell(self, message: wire.Message) -> None:
-        self.router.send_multipart([link.LAUNCHER_ID, wire.encode(message)])
+        self.router.send_multipart([link.launcher_identity(self.ctx.key), wire.encode(message)])
 
     def _on(self, identity: bytes, message: wire.Message) -> None:
         with (self.ctx.run_dir / "host-heard.txt").open("a") as log:
@@ -123,7 +123,7 @@ def vcpu_main(ctx: RunContext, cpu: int) -> None:
         if script == "vcpu-leaves" and cpu == 0 and control[CTL_BARRIER]:
             raise SystemExit(0)
 
-    _peer(ctx, link.vcpu_identity(cpu), wire.Hello(wire.Role.VCPU, cpu, 0, os.getpid()), work)
+    _peer(ctx, link.vcpu_identity(cpu, ctx.key), wire.Hello(wire.Role.VCPU, cpu, 0, os.getpid()), work)
 
 
 def swapd_main(ctx: RunContext, daemon: int, epoch: int) -> None:
@@ -134,7 +134,7 @@ def swapd_main(ctx: RunContext, daemon: int, epoch: int) -> None:
         os.kill(os.getpid(), signal.SIGABRT)
     _peer(
         ctx,
-        link.swapd_identity(daemon, epoch),
+        link.swapd_identity(daemon, epoch, ctx.key),
         wire.Hello(wire.Role.SWAPD, daemon, epoch, os.getpid()),
         lambda: None,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from pathlib import Path
 
@@ -71,3 +72,16 @@ def test_log_tails_are_short_and_never_fail(tmp_path: Path) -> None:
     assert made.log_tail("vcpu-0") == []
     made.log("vcpu-0").write_bytes(b"\xff\n" + b"".join(b"line %d\n" % i for i in range(1000)))
     assert made.log_tail("vcpu-0", lines=2) == ["line 998", "line 999"]
+
+
+def test_a_directory_of_somebody_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir(mode=0o755)
+    if os.geteuid() == 0:
+        os.chown(folder, 12_345, 12_345)
+    else:
+        monkeypatch.setattr("os.geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(UserError, match="belongs to somebody else"):
+        rundir.create(folder, on_disk=True)
+    assert list(folder.iterdir()) == []
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o755, "it is not ours to change"
