@@ -113,7 +113,11 @@ class Launched:
     """A command that runs; `said` grows with what it writes to standard error."""
 
     def __init__(
-        self, words: Sequence[str], out: Path | None = None, program: Path = LAUNCH, before: Sequence[str] = ()
+        self,
+        words: Sequence[str],
+        out: Path | None = None,
+        program: Path = LAUNCH,
+        before: Sequence[str] = (),
     ) -> None:
         """before: words in front of the command, of a program that then becomes it."""
         self.out = out

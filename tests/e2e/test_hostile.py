@@ -220,7 +220,7 @@ def _claims(epoch: int) -> list[wire.Message]:
 
 def test_neither_strangers_nor_former_daemons_get_a_page_or_a_token(runner: Runner) -> None:
     path, out = runner.file(BM), runner.folder / "out"
-    run = runner.start("run", str(path), "--json", "--seconds", "8", out=out, program=KNOWN_KEY)
+    run = runner.start("run", str(path), "--json", "--seconds", "5", out=out, program=KNOWN_KEY)
     run.wait_for(": running")
     endpoint = f"ipc://{out / 'h'}"
     refused = 0
@@ -256,7 +256,7 @@ def test_neither_strangers_nor_former_daemons_get_a_page_or_a_token(runner: Runn
     assert summary["integrity"]["errors"] == 0
     assert summary["integrity"]["reads_checked"] > 0
     assert summary["tasks"]["killed"] == 0
-    assert summary["totals"]["restarts"] == 1
+    assert len(list((out / "events").glob("swapd-0-*.bin"))) == 2
     assert summary["totals"]["bad_messages"] == refused
 
 
@@ -267,7 +267,7 @@ def _wait_for_successor(run: Launched, former: int) -> None:
 
 
 # -- who sends without end, who never reads -----------------------------------------------------------------------------------------
-FLOOD_S: Final = 2.0
+FLOOD_S: Final = 1.5
 FLOODERS: Final = 3
 PER_PEER_MIB: Final = link.HWM * link.FRAME_BYTES_MAX >> 20
 SPARE_MIB: Final = 64
@@ -282,8 +282,17 @@ def _anonymous_mib(pid: int) -> int:
 
 def test_floods_and_deaf_peers_neither_stop_a_run_nor_make_it_grow(runner: Runner) -> None:
     path, out = runner.file(BM), runner.folder / "out"
-    run = runner.start("run", str(path), "--json", "--seconds", "8", out=out, program=KNOWN_KEY)
+    # What belongs to the run directory is the user's alone, whatever the user's habits.
+    before = os.umask(0)
+    try:
+        run = runner.start("run", str(path), "--json", "--seconds", "4", out=out, program=KNOWN_KEY)
+    finally:
+        os.umask(before)
     run.wait_for(": running")
+    assert {"h", "run.json", "logs/zygote-0.log", "events/host.bin", "events/vcpu-0.bin"} <= _open_to_others(
+        out
+    ).keys()
+    assert not any(_open_to_others(out).values())
     host = run.pid_of("host-0")
     before_mib = most_mib = _anonymous_mib(host)
     endpoint = f"ipc://{out / 'h'}"
@@ -316,21 +325,6 @@ def test_floods_and_deaf_peers_neither_stop_a_run_nor_make_it_grow(runner: Runne
     assert summary["integrity"]["errors"] == 0
     assert summary["totals"]["bad_messages"] >= FLOODERS
     assert summary["integrity"]["reads_checked"] > 0
-
-
-# -- the run directory --------------------------------------------------------------------------------------------------------------
-def test_everything_in_a_run_directory_is_the_users_alone(runner: Runner) -> None:
-    path, out = runner.file(BM), runner.folder / "out"
-    before = os.umask(0)
-    try:
-        run = runner.start("run", str(path), "--json", "--seconds", "1", out=out)
-    finally:
-        os.umask(before)
-    run.wait_for(": running")
-    seen = {"h", "run.json", "logs/zygote-0.log", "events/host.bin", "events/vcpu-0.bin"}
-    assert seen <= _open_to_others(out).keys()
-    assert not any(_open_to_others(out).values())
-    assert run.end().code == 0
     assert {"summary.json", "run.json"} <= _open_to_others(out).keys()
     assert not any(_open_to_others(out).values())
 

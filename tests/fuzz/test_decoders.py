@@ -68,6 +68,7 @@ def test_an_undocumented_error_comes_out(tmp_path: Path) -> None:
         checked(broken, b"", tmp_path)
 
 
+@settings(max_examples=20, deadline=None, database=None)
 @given(st.data())
 def test_changes_change(data: st.DataObject) -> None:
     """Most of what `hostile` makes is not what it began with."""

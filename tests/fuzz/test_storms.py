@@ -17,7 +17,7 @@ from tests.fuzz.messages import IDENTITIES, S0, S1, V0, V1, WIDTHS, exit_of, ord
 from tests.fuzz.mutate import EXTREMES
 from tests.fuzz.shells import DaemonUnderTest, HostUnderTest
 
-STORM: Final = 3000
+STORM: Final = 1500
 GROWTH_BYTES_MAX: Final = 4 << 20
 REASONS: Final = [int(reason) for reason in wire.ExitReason if reason is not wire.ExitReason.DONE]
 VECTORS: Final = 256
