@@ -23,6 +23,8 @@ import numpy.typing as npt
 
 from guest.registers import Registers
 from host.image import SECTIONS
+from host.setup import memslots
+from host.slots import Memslot, Slots
 from host.state import VcpuState
 from proto.errors import UserError
 from proto.image import ImageReader
@@ -33,6 +35,8 @@ from proto.units import WORDS_PER_PAGE
 
 S: Final = 1_000_000_000
 SAME_VERSION: Final = "the image of a run of this version"
+MEMSLOTS_MAX: Final = 2048
+"""The host looks at each for each: more would hold it up for long, and nobody has so many."""
 REGISTERS_END: Final = 32
 """Words VP_TASK to here of a vCPU's page are registers of the guest CPU (proto/layout.py)."""
 
@@ -132,7 +136,18 @@ def check_identity(image: ImageReader, topology: Topology) -> int:
             found=topology.file or topology.run.name,
             allowed="the topology it was saved with; host, swapd and run.seconds may differ",
         )
+    _check_layout(image, topology)
     return int(elapsed_ns)
+
+
+def _check_layout(image: ImageReader, topology: Topology) -> None:
+    """The memslots as the host will set them: it takes them as they are."""
+    try:
+        Slots(memslots(topology), len(topology.vm)).replace(
+            [Memslot(*slot) for slot in image.meta["memslots"]]
+        )
+    except ValueError as error:
+        raise UserError(f"memslots: {error}", where=str(image.path), allowed=SAME_VERSION) from error
 
 
 def _check_records(image: ImageReader, vcpus: list[Any], vms: int) -> None:
@@ -144,7 +159,7 @@ def _check_records(image: ImageReader, vcpus: list[Any], vms: int) -> None:
             VcpuState.from_plain(saved["state"])
             Registers.from_words(saved["registers"])
         what = "memslots"
-        good = all(
+        good = len(image.meta["memslots"]) <= MEMSLOTS_MAX and all(
             all(map(_is_counter, (vm, base_gfn, pages, base_hvp)))
             and vm < vms
             and base_hvp + pages <= image.pages
@@ -153,7 +168,9 @@ def _check_records(image: ImageReader, vcpus: list[Any], vms: int) -> None:
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{what}: {error}", where=str(image.path), allowed=SAME_VERSION) from error
     if not good:
-        raise UserError("memslots: outside of the image", where=str(image.path), allowed=SAME_VERSION)
+        raise UserError(
+            "memslots: outside of the image, or too many", where=str(image.path), allowed=SAME_VERSION
+        )
 
 
 def _is_counter(value: Any) -> bool:

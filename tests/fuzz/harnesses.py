@@ -20,6 +20,8 @@ import numpy as np
 import xxhash
 
 from guest.registers import Registers
+from host.setup import memslots
+from host.slots import Memslot, Slots
 from host.state import VcpuState
 from launcher import lackey, reuse
 from launcher.restart import check_identity
@@ -273,6 +275,8 @@ def _image_meta(data: bytes, folder: Path) -> None:
             assert 0 <= vm < len(seeds.IMAGE_OF.vm)
             assert min(base_gfn, pages, base_hvp) >= 0
             assert base_hvp + pages <= image.pages
+        layout = Slots(memslots(seeds.IMAGE_OF), len(seeds.IMAGE_OF.vm))
+        layout.replace([Memslot(*slot) for slot in meta["memslots"]])
 
 
 def _vcpu_state(data: bytes, _: Path) -> None:

@@ -109,6 +109,8 @@ WRITTEN: Final[dict[str, tuple[str, bytes]]] = {
     "elapsed-below-zero": ("image-meta", meta_with(elapsed_ns=-5)),
     "memslots-of-fractions": ("image-meta", meta_with(memslots=[[0, 0.0, 2048, 0]])),
     "memslots-of-a-vm-that-is-not-there": ("image-meta", meta_with(memslots=[[9, 0, 1, 0]])),
+    "memslots-without-end": ("image-meta", meta_with(memslots=[[0, 2 * k, 1, k % 2048] for k in range(8000)])),
+    "memslots-that-overlap": ("image-meta", meta_with(memslots=[[0, 0, 2048, 0], [0, 1, 5, 9]])),
     "keys-that-do-not-compare": ("image-meta", meta_with(identity={b"mode": 1, "mode": 2})),
     "nested-meta": ("image-meta", meta_with(identity={"mode": 1}) [:-1] + b"\x91" * 900 + b"\x01"),
     # Texts that no terminal takes.
