@@ -5,6 +5,9 @@ A hang is a failure through the suite's timeout. Inputs that once did harm are i
 
 from __future__ import annotations
 
+import importlib.util
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -75,3 +78,13 @@ def test_changes_change(data: st.DataObject) -> None:
     seed = bytes(range(64))
     made = [data.draw(hostile([seed], text=False)) for _ in range(8)]
     assert any(one != seed for one in made)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("atheris") is not None, reason="atheris is installed")
+def test_without_atheris_the_runner_says_what_is_missing() -> None:
+    runner = Path(__file__).with_name("run_atheris.py")
+    ended = subprocess.run(
+        [sys.executable, str(runner)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ended.returncode == 2
+    assert "requirements/fuzz.txt" in ended.stdout
