@@ -285,7 +285,9 @@ class InputLog:
         if len(body) < size or self._file.read(8) != _sum(body):
             raise UserError("an input log whose description is cut or damaged", where=where)
         try:
-            return _description(msgpack.unpackb(body, use_list=False))
+            return _description(
+                msgpack.unpackb(body, use_list=False, max_array_len=ITEMS_MAX, max_map_len=0, max_ext_len=0)
+            )
         except (ValueError, TypeError, msgpack.UnpackException) as error:
             raise UserError("an input log whose description is damaged", where=where) from error
 

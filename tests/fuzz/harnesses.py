@@ -26,7 +26,7 @@ from host.state import VcpuState
 from launcher import lackey, reuse
 from launcher.restart import check_identity
 from proto import image as image_format
-from proto import link, overrides, topology, trace, trace_live, tracefile, wire
+from proto import inputlog, link, overrides, topology, trace, trace_live, tracefile, wire
 from proto.errors import UserError
 from proto.image import HEADER, HEADER_BYTES, ImageReader
 from proto.topology import Topology
@@ -289,7 +289,43 @@ def _registers(data: bytes, _: Path) -> None:
     assert Registers.from_words(words).words()[:1] == words[:1] or words == [wire.POWERED_DOWN]
 
 
+# -- input logs -----------------------------------------------------------------------------------------------------------------
+def _inputlog(data: bytes, folder: Path) -> None:
+    log = inputlog.InputLog(_file(data, folder))
+    try:
+        for call in log.calls():
+            assert 0 <= call.machine < len(log.description.machines)
+        str(log.note).encode(errors="backslashreplace")
+        assert log.status
+    finally:
+        log.close()
+
+
+def _inputlog_repaired(data: bytes, folder: Path) -> None:
+    _inputlog(repaired_log(data), folder)
+
+
+def repaired_log(data: bytes) -> bytes:
+    """With the sums of the description and of every block as they have to be."""
+    if len(data) < inputlog.HEAD.size:
+        return data
+    fields = inputlog.HEAD.unpack_from(data)
+    at = inputlog.HEAD.size + fields[2]
+    body = data[inputlog.HEAD.size : at]
+    made = inputlog.HEAD.pack(inputlog.MAGIC, inputlog.VERSION, *fields[2:]) + body
+    made += struct.pack("<Q", xxhash.xxh3_64_intdigest(body))
+    at += 8
+    while at + inputlog.BLOCK.size <= len(data):
+        size, _ = inputlog.BLOCK.unpack_from(data, at)
+        payload = data[at + inputlog.BLOCK.size : at + inputlog.BLOCK.size + size]
+        made += inputlog.BLOCK.pack(len(payload), xxhash.xxh3_64_intdigest(payload)) + payload
+        at += inputlog.BLOCK.size + size
+    return made
+
+
 # -- the table -----------------------------------------------------------------------------------------------------------------
+INPUTLOG_BASE: Final = 4 * inputlog.BLOCK_BYTES_MAX + 48 * MIB
+"""A block is read as a whole; msgpack makes room for ITEMS_MAX values at each of its 512 levels."""
 _WIRE: Final = (wire.WireError,)
 _USER: Final = (UserError,)
 _VALUE: Final = (ValueError,)
@@ -319,5 +355,7 @@ HARNESSES: Final[dict[str, Harness]] = {
     "vcpu-state": Harness(
         _vcpu_state, (*_VALUE, msgpack.UnpackException), lambda: [msgpack.packb(seeds.STATE)]
     ),
+    "inputlog": Harness(_inputlog, _USER, seeds.input_logs, base_bytes=INPUTLOG_BASE),
+    "inputlog-sums-right": Harness(_inputlog_repaired, _USER, seeds.input_logs, base_bytes=INPUTLOG_BASE),
     "registers": Harness(_registers, _VALUE, seeds.register_words),
 }

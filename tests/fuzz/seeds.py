@@ -10,10 +10,11 @@ from typing import Any, Final
 
 import msgpack
 import numpy as np
+import xxhash
 
 from guest.registers import Registers
 from proto import image as image_format
-from proto import trace, trace_live, wire
+from proto import inputlog, trace, trace_live, wire
 from proto.topology import Topology
 from proto.tracewriter import TraceWriter
 from sim import plan
@@ -155,3 +156,20 @@ def metas() -> list[bytes]:
 def register_words() -> list[bytes]:
     words = Registers(*range(len(Registers._fields))).words()
     return [struct.pack(f"<{len(words)}Q", *words), bytes(8)]
+
+
+def input_logs() -> list[bytes]:
+    """Two blocks of calls of both kinds, as the writer packs them."""
+    body = msgpack.packb(
+        ("adders", "run", ("one", "two"), (("Add", ("value",)),), (("read", ("at",), "iby"),), True)
+    )
+    log = inputlog.HEAD.pack(inputlog.MAGIC, inputlog.VERSION, len(body), inputlog.STATUS_CLOSED) + body
+    log += struct.pack("<Q", xxhash.xxh3_64_intdigest(body))
+    calls = [
+        (0, inputlog.ON, 5, ((0, 7),), ((0, 1, 2),), ((0, 9),)),
+        (1, inputlog.RESUME, 6, 0, ((0, b"page"), (1,)), "ValueError: no"),
+    ]
+    for block in (calls, calls[:1]):
+        payload = msgpack.packb(block)
+        log += inputlog.BLOCK.pack(len(payload), xxhash.xxh3_64_intdigest(payload)) + payload
+    return [log, log[:-5]]

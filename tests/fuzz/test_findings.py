@@ -16,7 +16,7 @@ import msgpack
 import numpy as np
 import pytest
 
-from proto import topology, wire
+from proto import inputlog, topology, wire
 from proto.errors import UserError
 from proto.trace_writer import CLOSED_WORD, COUNT_WORD, RING_WORD
 from report.check import recorded
@@ -115,6 +115,10 @@ WRITTEN: Final[dict[str, tuple[str, bytes]]] = {
     "nested-meta": ("image-meta", meta_with(identity={"mode": 1}) [:-1] + b"\x91" * 900 + b"\x01"),
     # Texts that no terminal takes.
     "command-that-is-no-text": ("tracefile-sums-right", seeds.traces()[0].replace(b"an argument", b"\\ud800argum")),
+    "lists-in-a-description-that-claim-more-than-there-is": (
+        "inputlog-sums-right",
+        inputlog.HEAD.pack(inputlog.MAGIC, inputlog.VERSION, 60_000, 1) + b"\xdd\x00\x00\xea\x60" * 12_000 + bytes(8),
+    ),
     # Messages to the host.
     "lamport-at-its-end-from-a-vcpu": ("host", exits(exit_of(wire.ExitReason.KICK, lamport=MAX64), exit_of(wire.ExitReason.NESTED))),
     "lamport-at-its-end-from-a-daemon": ("host", replies(lamport=MAX64)),

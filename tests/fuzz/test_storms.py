@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from host.shell import TIMERS_PER_VCPU
-from host.vcpu import Where
 from proto import kvm, wire
+from proto.lives import Where
 from tests.fuzz.messages import IDENTITIES, S0, S1, V0, V1, WIDTHS, exit_of, ordinary
 from tests.fuzz.mutate import EXTREMES
 from tests.fuzz.shells import DaemonUnderTest, HostUnderTest
