@@ -91,11 +91,15 @@ class SwapdShell:
                 parts = self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            try:
-                self._handle(wire.decode(parts[0]), parts[1:])
-            except WireError as error:
-                self.bad_messages += 1
-                self._send(wire.NackMsg(error.code, error.kind, error.text))
+            self.take(parts)
+
+    def take(self, parts: Sequence[bytes]) -> None:
+        """One message of the host, whatever it is."""
+        try:
+            self._handle(wire.decode(parts[0]), parts[1:])
+        except WireError as error:
+            self.bad_messages += 1
+            self._send(wire.NackMsg(error.code, error.kind, error.text))
 
     def _handle(self, message: wire.Message, extra: Sequence[bytes]) -> None:
         if isinstance(message, wire.Io):
