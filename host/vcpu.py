@@ -235,8 +235,7 @@ class VcpuMachine(Machine):
         yield "hlt"
 
     def _ipi(self, record: Exit) -> Path:
-        # The vector is the low byte of ICR, whatever else the guest wrote there.
-        self.emit(SendIpi(self.vm, record.arg0, record.arg1 & 0xFF))
+        self.emit(SendIpi(self.vm, record.arg0, record.arg1))
         yield "ipi"
 
     def _hypercall(self, record: Exit) -> Path:

@@ -36,10 +36,11 @@ def test_killing_the_daemon_again_and_again_loses_nothing(changes: tuple[str, ..
     assert ended.out is not None
     events = ended.events()
     epochs = of_kind(events, Kind.DAEMON_UP)["b"].tolist()
-    assert epochs == list(range(len(epochs))), "every incarnation came up once, in order"
+    # On a busy machine one may die before it says HELLO: its epoch is fenced all the same, and does not come up.
+    assert epochs == sorted(set(epochs)), "every incarnation came up once at the most, in order"
     fenced = of_kind(events, Kind.FENCED)["b"].tolist()
-    assert fenced == epochs[:-1]
-    assert len(list((ended.out / "events").glob("swapd-0-*.bin"))) == len(epochs)
+    assert fenced[: epochs[-1]] == list(range(epochs[-1])), "no successor before its predecessor's fence"
+    assert len(list((ended.out / "events").glob("swapd-0-*.bin"))) >= len(epochs)
 
 
 def _swap_file(run: Launched) -> str:
