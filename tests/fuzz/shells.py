@@ -13,6 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, Self
 
+import zmq
+
+from host.remote import RemoteDaemons
 from host.shell import HostShell
 from proto import segments, wire
 from proto.run import RunContext, SwapFileInfo
@@ -40,10 +43,15 @@ class _Quiet:
 class _Host(_Quiet, HostShell):
     def __init__(self, ctx: RunContext) -> None:
         _Quiet.__init__(self)
+        self.failures: list[str] = []
         HostShell.__init__(self, ctx)
 
     def _sockets(self) -> None:
-        """None: nothing comes but what a test says."""
+        """None: nothing comes but what a test says. No daemon of this topology is elsewhere either."""
+        self.context = zmq.Context.instance()
+        self.remote = RemoteDaemons(
+            self, self.context, zmq.Poller(), self.topology, [], self._feed, self.failures.append
+        )
 
     def _send(self, identity: bytes, message: Any, pages: Sequence[memoryview] = ()) -> bool:  # noqa: ARG002
         wire.encode(message)
