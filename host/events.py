@@ -289,6 +289,12 @@ class PageSaved(NamedTuple):
     data: bytes
 
 
+class LoadSlots(NamedTuple):
+    """Give a fresh host the memslots of an image, of all VMs, before any page."""
+
+    slots: tuple[Memslot, ...]
+
+
 class LoadPage(NamedTuple):
     """Give a never-touched page of a fresh host its contents; answer `PageLoaded`, as soon as there is a frame."""
 

@@ -183,9 +183,7 @@ class Restoring:
         meta = self._image.meta
         self._elapsed_ns: int = meta["elapsed_ns"]
         self._vcpus: list[dict[str, Any]] = meta["vcpus"]
-        slots = [Memslot(*slot) for slot in meta["memslots"]]
-        if slots != shell.vm.slots.all():
-            shell.vm.slots.replace(slots)
+        self._slots = tuple(Memslot(*slot) for slot in meta["memslots"])
         shell.writer.observe(meta["lamport"])
 
     @property
@@ -197,6 +195,7 @@ class Restoring:
         """The launcher is there, so that it can be told of a failure."""
         if not self._begun:
             self._begun = True
+            self._feed(self._shell.vm, ev.LoadSlots(self._slots))
             self._go_over(ev.Walk())
 
     def page_loaded(self, effect: ev.PageLoaded) -> None:

@@ -35,6 +35,7 @@ from host.events import (
     GuestWrite32,
     Gup,
     LoadPage,
+    LoadSlots,
     LookAtGrace,
     OutOfMemory,
     PageLoaded,
@@ -145,6 +146,7 @@ class VmMachine(Machine):
             SwapOutDone: self._swap_out_done,
             LookAtGrace: lambda _: None,
             SavePage: self._save_page,
+            LoadSlots: lambda event: self.slots.replace(event.slots),
             LoadPage: self._load_page,
             SetMemslots: self.change.set_memslots,
         }

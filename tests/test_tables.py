@@ -174,6 +174,7 @@ CHANGES: Final = {
     "host/vm.py": ("_state",),
     "guest/machine.py": ("T_STATE",),
     "guest/apf.py": ("T_STATE",),
+    "guest/hotplug.py": ("T_STATE",),
     "guest/boot.py": ("T_STATE",),
 }
 """Names that hold a state, by file."""
