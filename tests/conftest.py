@@ -9,9 +9,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,10 @@ def _temporary_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
     there.
     """
     tmp_path_factory.getbasetemp()  # pytest's own folders, which it keeps after failures, stay outside
+    # As Ctrl-C, so that fixtures are taken down and no folder or process stays; not in what tests fork.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
+        os.register_at_fork(after_in_child=partial(signal.signal, number, signal.SIG_DFL))
     folder = Path(tempfile.mkdtemp(prefix="apf-"))
     before = os.environ.get("TMPDIR")
     os.environ["TMPDIR"] = str(folder)
