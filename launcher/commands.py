@@ -259,9 +259,8 @@ def _first_reason(topology: Topology, runs: Sequence[Mapping[str, Any]]) -> str:
 def _show_details(result: RunResult) -> None:
     for line in result.details:
         sys.stderr.write(f"  {line}\n")
-    if result.log:
-        sys.stderr.write("  last lines of its log:\n")
-        sys.stderr.writelines(f"    {line}\n" for line in result.log)
+    for story in result.stories:
+        sys.stderr.writelines(f"  {line}\n" for line in story.lines())
 
 
 def _verdict(failed: Sequence[str]) -> int:

@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from launcher import resources, restart, rundir, runfile
+from launcher.blame import Story, stories
 from launcher.chaos import ChaosPlan
 from launcher.lifecycle import SAVED, Bounds
 from launcher.online import RunCheck
@@ -75,11 +76,11 @@ class RunOptions:
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """summary: contents of summary.json. log: last lines of the process that is to blame, if one is. run_dir: None if removed."""
+    """summary: contents of summary.json. stories: of the processes that are to blame, if any are. run_dir: None if removed."""
 
     summary: dict[str, Any]
     details: list[str]
-    log: list[str]
+    stories: list[Story]
     run_dir: Path | None
 
 
@@ -88,6 +89,8 @@ def execute(topology: Topology, options: RunOptions, signals: Signals, progress:
     began_ns = time.monotonic_ns()
     traces = resources.check_traces(topology)
     options.moves.check(topology)
+    if swept := rundir.sweep():
+        progress.say(f"removed what runs that were killed had left: {', '.join(map(str, swept))}")
     needs_disk = any(not (d.directory or d.allow_tmpfs or d.connect) for d in topology.swapd)
     run_dir = rundir.create(options.out, on_disk=needs_disk)
     run = _Run(topology, traces, options, run_dir, signals, progress, began_ns)
@@ -108,7 +111,7 @@ def execute(topology: Topology, options: RunOptions, signals: Signals, progress:
 class _Run:
     """One run: a set of processes, and after each restore another one (launcher/restart.py).
 
-    begun: a role may have started. end, kernels: figures and guest kernels as the last set left them.
+    begun: a role may have started. events: where the last set records. end, kernels: figures and guest kernels as the last set left them.
     """
 
     def __init__(
@@ -125,6 +128,7 @@ class _Run:
         self.options = options
         self.run_dir = run_dir
         self.begun = False
+        self.events = events_folder(1)
         self.record: dict[str, Any] = {}
         self.outcome = Outcome()
         self.check = RunCheck(
@@ -163,6 +167,7 @@ class _Run:
             if made is None:
                 return
             self._begin(number, made)
+            self.events = events_folder(number)
             key = link.new_key()
             supervisor = Supervisor(
                 topology,
@@ -182,7 +187,7 @@ class _Run:
             self.outcome = supervisor.outcome
             config = _config(topology, made, run_dir, self.record["run_id"], options)
             config |= {
-                "events": events_folder(number),
+                "events": self.events,
                 "lamport": self.carried.lamport,
                 "image": str(image or ""),
                 "log_inputs": inputlog.folder(number) if options.log_inputs else "",
@@ -316,16 +321,16 @@ def _write_down(run: _Run, checked: dict[str, Any]) -> RunResult:
         warnings=warnings,
     )
     summary = summaries.build(topology, run.end, run.kernels, facts, outcome.at_start, outcome.at_stop)
-    log = run_dir.log_tail(outcome.culprit) if outcome.culprit else []
+    told = stories(run_dir, run.events, outcome.blamed)
     record = run.record | {
         "ended": outcome.ended,
         "details": outcome.details,
-        "log": log,
+        "blamed": [story.plain() for story in told],
         "warnings": summary["warnings"],
     }
     write_json(run_dir.path / "summary.json", summary)
     write_json(run_dir.path / "run.json", record)
-    return RunResult(summary, outcome.details, log, None if run_dir.temporary else run_dir.path)
+    return RunResult(summary, outcome.details, told, None if run_dir.temporary else run_dir.path)
 
 
 def _chaos_facts(chaos: ChaosPlan | None, outcome: Outcome) -> dict[str, Any] | None:

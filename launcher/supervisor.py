@@ -23,6 +23,7 @@ from typing import Any, Final
 import zmq
 
 from launcher import kernel_cache
+from launcher.blame import Blamed, Deaths
 from launcher.chaos import ChaosPlan, OutageMeter
 from launcher.lifecycle import Bounds, Effect, End, Fence, Fork, Kill, Lifecycle, Phase, Tell
 from launcher.progress import Progress
@@ -31,7 +32,7 @@ from launcher.rundir import RunDir
 from launcher.runfile import usable_cores
 from launcher.signals import Signals
 from launcher.watch import Watch, private_memory_mib
-from launcher.zygote_link import Exited, Forked, Gone, Ready, Zygote, describe_exit
+from launcher.zygote_link import Child, Exited, Forked, Gone, Ready, Zygote, describe_exit, describe_status
 from proto import link, wire
 from proto.layout import CTL_ABORT
 from proto.pcpu import Pcpu
@@ -52,6 +53,8 @@ STALL_NS: Final = 10 * S
 STALL_CHECK_NS: Final = 1 * S
 LEAVE_ORDERLY_S: Final = 3.0
 LEAVE_ABORT_S: Final = 0.2
+TOGETHER_S: Final = 0.05
+"""Who dies this soon after the death that ends the run was not told to: it is named, too."""
 ZYGOTE_STOP_S: Final = 5.0
 """Reaping waits for reads that the device has begun."""
 ORPHANS_S: Final = 5.0
@@ -68,7 +71,8 @@ class Outcome:
 
     ended: str = ""
     orderly: bool = False
-    culprit: str = ""
+    blamed: list[Blamed] = field(default_factory=list)
+    """Who ended the run, first things first: those that died, or one that hangs or gave up."""
     details: list[str] = field(default_factory=list)
     start_ns: int = 0
     end_ns: int = 0
@@ -142,6 +146,7 @@ class Supervisor:
             [-1] * topology.total_vcpus,
             topology.pcpus(usable_cores()),
         )
+        self._deaths = Deaths()
         self._starting = ""
         self._stall_checked_ns = 0
         self._memory_due_ns = 0
@@ -237,7 +242,8 @@ class Supervisor:
                     self._perform(self._life.on_forked(child, pid))
                     if child.role == "host":
                         self._connecting = True
-                case Exited(child, _, status):
+                case Exited(child, pid, status):
+                    self._deaths.note(Blamed(child, describe_status(status), now_ns, pid))
                     if child.role == "swapd":
                         self._daemon_ended(child.number, now_ns)
                     self._perform(self._life.on_exited(child, status, now_ns))
@@ -245,6 +251,7 @@ class Supervisor:
                     self._zygote_gone = True
                     self._poller.unregister(self._zygote.fileno())
                     how = describe_exit(self._zygote.wait(ZYGOTE_STOP_S))
+                    self._deaths.note(Blamed(Child("zygote", 0, 0), how, now_ns, self._zygote.pid))
                     self._perform(self._life.on_zygote_gone(how))
 
     # -- effects ----------------------------------------------------------------------------------------------------------
@@ -281,8 +288,11 @@ class Supervisor:
 
     def _ended(self, end: End) -> None:
         outcome = self.outcome
-        outcome.ended, outcome.orderly, outcome.culprit = end.ended, end.orderly, end.culprit
+        outcome.ended, outcome.orderly = end.ended, end.orderly
         outcome.end_ns = time.monotonic_ns()
+        outcome.blamed = self._deaths.blamed(end.culprit, outcome.end_ns)
+        if not end.orderly:
+            self._progress.say(f"{end.ended.removeprefix('failed:')}: ending the run")
         outcome.start_ns = self._life.start_ns
         outcome.restarts = self._restarts_before + self._life.restarts
         if end.ended.startswith(("failed:timeout", "failed:stalled")):
@@ -369,7 +379,9 @@ class Supervisor:
         """End every process of the run, whatever state it is in, and release the sockets. Bounded."""
         try:
             if not self.outcome.orderly:
+                self._hear_who_else_died()
                 self._resources.segments["control"].u64[CTL_ABORT] = 1
+            self._deaths.leaving = True
             if not self._zygote_gone:
                 self._let_leave(LEAVE_ORDERLY_S if self.outcome.orderly else LEAVE_ABORT_S)
         finally:
@@ -381,6 +393,17 @@ class Supervisor:
                 self._dealer.close(linger=0)
             if self._context is not None:
                 self._context.term()
+
+    def _hear_who_else_died(self) -> None:
+        """Name those, too, that died together with the first one, before anybody is told to leave."""
+        if not self._deaths.died:
+            return
+        deadline_s = time.monotonic() + TOGETHER_S
+        while not self._zygote_gone and (left_s := deadline_s - time.monotonic()) > 0:
+            if self._zygote.wait_report(left_s):
+                self._hear_zygote()
+        self.outcome.blamed = list(self._deaths.died)
+        self.outcome.ended = self._deaths.text()
 
     def _let_leave(self, timeout_s: float) -> None:
         """Say goodbye and give the processes time to write down what they know."""

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from launcher import commands
+from launcher.blame import Story
 from launcher.commands import find_topology, rotation, stress_changes, with_stamp
 from launcher.execute import RunResult
 from launcher.zygote_link import APP_DIR
@@ -68,6 +69,9 @@ def test_topologies_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(len(line.split()) > 3 for line in lines)
 
 
+STORY = Story("vcpu-1", 12, "killed by SIGKILL", ["an event"], "", ["a log line"])
+
+
 class _Runs:
     """Stands for `execute`: gives summaries without running anything, and notes what was asked for."""
 
@@ -84,7 +88,7 @@ class _Runs:
                 summary[table] |= values
             else:
                 summary[table] = values
-        return RunResult(summary, ["a detail"], ["a log line"], options.out)
+        return RunResult(summary, ["a detail"], [STORY], options.out)
 
 
 def _args(**more: Any) -> argparse.Namespace:
@@ -114,7 +118,8 @@ def test_the_exit_code_of_a_run_is_its_verdict(
     shown = capsys.readouterr()
     assert json.loads(shown.out)["mode"] == "sync"
     assert ("asyncpf: failed: " in shown.err) is (code == 1)
-    assert ("a log line" in shown.err) is (code == 1)
+    for text in ("vcpu-1 (process 12): killed by SIGKILL", "an event", "a log line"):
+        assert (text in shown.err) is (code == 1)
 
 
 def test_chaos_and_stress_must_have_checked_something(monkeypatch: pytest.MonkeyPatch) -> None:
