@@ -12,6 +12,7 @@ Not handled here: what is decided while the run is under way (launcher/lifecycle
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 import shutil
 import socket
@@ -44,6 +45,7 @@ from proto.image import ImageReader
 from proto.topology import Topology
 from proto.trace import events_folder
 from proto.tracefile import TraceInfo
+from report import growth
 from report import summary as summaries
 from report.summary import Snapshot
 
@@ -55,6 +57,10 @@ ROLES: Final[Mapping[str, str]] = {
 """Where the zygote finds the main function of each role."""
 TRACE_BYTES: Final = 32 << 20
 """Ring of events of one process: what it records while the check of the run is behind."""
+KIB_PER_PAGE: Final = 4
+FILL_PAGE_NS: Final = 2_000_000
+SWEEP_PAGE_NS: Final = 5_000_000
+"""Time allowed to one page at the start and at the end: ten times what a busy machine was seen to need."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +73,8 @@ class RunOptions:
     log_inputs: bool = False
     chaos: ChaosPlan | None = None
     roles: Mapping[str, str] = field(default_factory=lambda: ROLES)
-    bounds: Bounds = field(default_factory=Bounds)
+    bounds: Bounds | None = None
+    """None: as the topology needs (`bounds_for`)."""
     trace_bytes: int = TRACE_BYTES
     misbehaves: str = ""
     """What the guest does on purpose that liveness does not allow."""
@@ -179,7 +186,7 @@ class _Run:
                 began_ns=self._began_ns,
                 key=key,
                 chaos=options.chaos,
-                bounds=options.bounds,
+                bounds=options.bounds or bounds_for(topology),
                 save_at_ns=save_at_ns,
                 before=self.outcome if image is not None else None,
                 signals_seen=self._signals_seen,
@@ -253,6 +260,19 @@ class _Run:
             self.outcome.ended = f"failed:the image cannot be put to {target}: {error.strerror}"
 
 
+def bounds_for(topology: Topology) -> Bounds:
+    """How long the phases of a run may take: its memory is filled at the start, and swept at the end where it is checked."""
+    tasks = [task for vm in topology.vm for task in vm.task if task.workload != "replay"]
+    filled = sum(task.count * task.memory_kib for task in tasks)
+    swept = sum(task.count * task.memory_kib for task in tasks if task.workload == "stamp")
+    plain = Bounds()
+    return dataclasses.replace(
+        plain,
+        setup_ns=plain.setup_ns + filled // KIB_PER_PAGE * FILL_PAGE_NS,
+        drain_ns=plain.drain_ns + swept // KIB_PER_PAGE * SWEEP_PAGE_NS,
+    )
+
+
 def _describe(topology: Topology, made: Resources) -> dict[str, Any]:
     huge = made.segments["frames"].collapse_errno == 0
     return runfile.describe(secrets.token_hex(8), topology, made.swap_files, huge)
@@ -316,6 +336,7 @@ def _write_down(run: _Run, checked: dict[str, Any]) -> RunResult:
         memory=outcome.memory,
         chaos=_chaos_facts(run.options.chaos, outcome),
         outage=outcome.outage.summary(),
+        growth=growth.table(outcome.usage.samples, topology.total_vcpus),
         check=checked,
         save_restore=run.carried.facts(run.options.moves, outcome.saved_pages),
         warnings=warnings,

@@ -58,8 +58,16 @@ class RunCheck:
         self._stop()
         if self._error is not None:
             raise self._error
-        verdict = self._check.finish(name, ended, misbehaves)
-        return {**verdict.summary(), "online_events": self._check.online}
+        check = self._check
+        behind = check.behind()
+        verdict = check.finish(name, ended, misbehaves)
+        return {
+            **verdict.summary(),
+            "online_events": check.online,
+            "behind_max": max(check.behind_max, behind),
+            "behind_end": behind,
+            "ring_fullest_percent": round(100 * check.fullest, 3),
+        }
 
     def close(self) -> None:
         """End the thread and let the files go."""

@@ -26,11 +26,13 @@ from launcher import kernel_cache
 from launcher.blame import Blamed, Deaths
 from launcher.chaos import ChaosPlan, OutageMeter
 from launcher.lifecycle import Bounds, Effect, End, Fence, Fork, Kill, Lifecycle, Phase, Tell
+from launcher.live import Live
 from launcher.progress import Progress
 from launcher.resources import Resources
 from launcher.rundir import RunDir
 from launcher.runfile import usable_cores
 from launcher.signals import Signals
+from launcher.usage import Sampler
 from launcher.watch import Watch, private_memory_mib
 from launcher.zygote_link import Child, Exited, Forked, Gone, Ready, Zygote, describe_exit, describe_status
 from proto import link, wire
@@ -81,6 +83,7 @@ class Outcome:
     kills: int = 0
     bad_messages: int = 0
     memory: dict[str, float] | None = None
+    usage: Sampler = field(default_factory=Sampler)
     at_start: Snapshot | None = None
     at_stop: Snapshot | None = None
     outage: OutageMeter = field(default_factory=OutageMeter)
@@ -139,6 +142,7 @@ class Supervisor:
             elsewhere=frozenset(d for d, daemon in enumerate(topology.swapd) if daemon.connect),
         )
         self._watch = Watch(resources.segments)
+        self._live = Live(self._watch)
         # An observer writes to no eventfd; their number says how many vCPUs there are.
         self._pcpu = Pcpu(
             resources.segments["pcpu"].u64,
@@ -237,7 +241,7 @@ class Supervisor:
             now_ns = time.monotonic_ns()
             match report:
                 case Ready():
-                    self._perform(self._life.on_ready())
+                    self._perform(self._life.on_ready(now_ns))
                 case Forked(child, pid):
                     self._perform(self._life.on_forked(child, pid))
                     if child.role == "host":
@@ -319,6 +323,9 @@ class Supervisor:
         outcome.outage.sample(now_ns, self._watch.work(), self._watch.host(HostCounter.RESTARTS))
         if outcome.at_stop is None and self._watch.stopped():
             outcome.at_stop = self._watch.snapshot(now_ns)
+            outcome.usage.end(now_ns, self._pids_by_role())
+        if outcome.usage.due(now_ns):
+            outcome.usage.take(now_ns, self._pids_by_role())
         if self._memory_due_ns and now_ns >= self._memory_due_ns:
             self._memory_due_ns = 0
             vcpus = [pid for child, pid in self._life.pids.items() if child.role == "vcpu"]
@@ -327,6 +334,13 @@ class Supervisor:
             effects = self._life.on_chaos(victim)
             outcome.kills += len(effects)
             self._perform(effects)
+
+    def _pids_by_role(self) -> dict[str, list[int]]:
+        """Process ids of this run, the launcher's and the zygote's too."""
+        found = {"host": [], "swapd": [], "vcpu": [], "launcher": [os.getpid()], "zygote": [self._zygote.pid]}
+        for child, pid in self._life.pids.items():
+            found[child.role].append(pid)
+        return found
 
     def _barrier_opened(self, now_ns: int) -> None:
         if self.outcome.at_start is None:
@@ -342,6 +356,8 @@ class Supervisor:
             self.outcome.started_in_s = (now_ns - self._began_ns) / S
         if self._chaos is not None:
             self._chaos.begin(now_ns)
+        self.outcome.usage.begin(now_ns, self._topology.run.seconds)
+        self._live.begin(now_ns)
         self._progress.phase("running")
 
     def _daemon_ended(self, daemon: int, now_ns: int) -> None:
@@ -361,17 +377,19 @@ class Supervisor:
 
     def _show(self, now_ns: int) -> None:
         host = self._watch.host
-        swapped = f"{host(HostCounter.SWAP_IN_PAGES)} pages in, {host(HostCounter.SWAP_OUT_PAGES)} out"
         if self._life.phase is Phase.RUNNING:
             seconds = (now_ns - self._life.start_ns) / S
-            faults = f"{host(HostCounter.NESTED_FAULTS)} faults, {swapped}"
-            chaos = f", {self.outcome.kills} daemons killed" if self._chaos is not None else ""
-            self._progress.update(
-                f"{seconds:.1f} of {self._topology.run.seconds:g} s, work {self._watch.work():,}, {faults}{chaos}"
-            )
+            elapsed = f"{seconds:.0f} of {self._topology.run.seconds:g} s"
+            if self.outcome.at_stop is not None:
+                done, tasks = self._watch.tasks_done()
+                elapsed = f"stopped, {done} of {tasks} tasks are done"
+            restarts = self._restarts_before + self._life.restarts
+            kills = self.outcome.kills if self._chaos is not None else None
+            self._progress.update(self._live.line(now_ns, elapsed, restarts, kills))
         elif self._life.phase is Phase.STARTING:
             self._progress.update(self._starting)
         else:
+            swapped = f"{host(HostCounter.SWAP_IN_PAGES)} pages in, {host(HostCounter.SWAP_OUT_PAGES)} out"
             self._progress.update(f"{self._life.phase.value}, {swapped}")
 
     # -- the end ----------------------------------------------------------------------------------------------------------

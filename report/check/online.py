@@ -66,6 +66,10 @@ class OnlineCheck:
         self._cut = ""
         self._notes: list[str] = []
         self._online = 0
+        self.behind_max = 0
+        """Most events that were recorded and not checked at the beginning of a turn."""
+        self.fullest = 0.0
+        """Largest share of a ring that was recorded and not taken."""
 
     # -- while the run is under way --------------------------------------------------------------------------------------
     def turn(self) -> int:
@@ -76,9 +80,18 @@ class OnlineCheck:
         newest = max((one.live.newest() for one in self._files.values()), default=0)
         for one in self._files.values():
             one.live.want(newest)
+        self._note_behind()
         number = self._check_upto(self._floor())
         self._online += number
         return number
+
+    def behind(self) -> int:
+        """Events that are recorded and not checked; those of daemons do not count."""
+        return sum(one.live.left + len(one.waiting) for one in self._files.values() if one.orders)
+
+    def _note_behind(self) -> None:
+        self.behind_max = max(self.behind_max, self.behind())
+        self.fullest = max(self.fullest, max((one.live.fill for one in self._files.values()), default=0.0))
 
     def _floor(self) -> int:
         """Counter up to which nothing more can come."""

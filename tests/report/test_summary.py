@@ -41,8 +41,8 @@ from proto.layout import (
 from proto.stats import HostCounter, HostHist, VcpuHist
 from proto.topology import Topology
 from proto.units import WORDS_PER_PAGE
+from report import growth, text
 from report import summary as summaries
-from report import text
 from report.check.checker import Checker
 from report.summary import U64, RunFacts, Snapshot, build
 
@@ -121,7 +121,14 @@ def full_summary() -> dict[str, Any]:
         memory={"uss": 2.0, "mapped_alone": 2.5},
         chaos={"kills": 1, "every_ms": 2.0, "for_s": 3.0},
         outage={"count": 1, "total_ms": 2.0, "work_per_100ms_up": None, "work_per_100ms_down": 1.0},
-        check={**Checker("mainline").finish("x").summary(), "online_events": 0},
+        growth=growth.table([], 2),
+        check={
+            **Checker("mainline").finish("x").summary(),
+            "online_events": 0,
+            "behind_max": 0,
+            "behind_end": 0,
+            "ring_fullest_percent": 0.0,
+        },
         save_restore={"planned": 1, "done": 1, "down_ms": 2.0, "image_pages": 3},
     )
     return build(topology, _snapshot(topology), [_kernel([])], facts)
