@@ -22,7 +22,6 @@ from report.check.online import OnlineCheck
 TURN_S: Final = 0.25
 BUSY_TURN_S: Final = 0.01
 """After a turn that had its fill there is more to do, but others want the lock, too."""
-BUSY_EVENTS: Final = 1 << 15
 
 
 class RunCheck:
@@ -91,4 +90,5 @@ class RunCheck:
                 return
         wait_s = TURN_S
         while not self._over.wait(wait_s):
-            wait_s = BUSY_TURN_S if self._check.turn() >= BUSY_EVENTS else TURN_S
+            self._check.turn()
+            wait_s = BUSY_TURN_S if self._check.more else TURN_S

@@ -323,9 +323,9 @@ class Supervisor:
         outcome.outage.sample(now_ns, self._watch.work(), self._watch.host(HostCounter.RESTARTS))
         if outcome.at_stop is None and self._watch.stopped():
             outcome.at_stop = self._watch.snapshot(now_ns)
-            outcome.usage.end(now_ns, self._pids_by_role())
+            outcome.usage.end(now_ns, self._pids_by_role(), self._watch.exits())
         if outcome.usage.due(now_ns):
-            outcome.usage.take(now_ns, self._pids_by_role())
+            outcome.usage.take(now_ns, self._pids_by_role(), self._watch.exits())
         if self._memory_due_ns and now_ns >= self._memory_due_ns:
             self._memory_due_ns = 0
             vcpus = [pid for child, pid in self._life.pids.items() if child.role == "vcpu"]

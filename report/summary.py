@@ -223,7 +223,7 @@ def build(
 def failures(summary: Mapping[str, Any], *, must_check_reads: bool = False) -> list[str]:
     """Every check that the run did not hold, in words; none for a good run.
 
-    must_check_reads: a run in which no read was checked proves nothing (stress, chaos).
+    must_check_reads: a run in which no read was checked proves nothing (stress, chaos), and none in which events were lost.
     """
     found = [] if summary["ended"] in (FINISHED, SAVED) else [f"the run ended: {summary['ended']}"]
     moved = summary["save_restore"]
@@ -243,6 +243,8 @@ def failures(summary: Mapping[str, Any], *, must_check_reads: bool = False) -> l
         found += summary["growth"]["failures"]
     check = summary["check"]
     if check is not None:
+        if must_check_reads and summary["ended"] == FINISHED and not check["liveness"]:
+            found.append(f"not all events could be checked: {'; '.join(check['notes'])}")
         found += [
             f"{name} is violated, {times} times: {'; '.join(check['examples'][name])}"
             for name, times in check["violations"].items()
