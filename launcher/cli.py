@@ -190,12 +190,35 @@ def _add_stress(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vcpus", type=options.positive_count, default=64, metavar="N", help="virtual CPUs (default: 64)"
     )
+    parser.add_argument(
+        "--vms",
+        type=options.positive_count,
+        default=1,
+        metavar="V",
+        help="virtual machines that share them and the host's memory (default: 1)",
+    )
+    parser.add_argument(
+        "--overcommit",
+        type=options.ratio,
+        default=4.0,
+        metavar="R",
+        help="memory of all guests over memory of the host (default: 4)",
+    )
+    parser.add_argument("--chaos", action="store_true", help="kill a swap daemon again and again")
+    parser.add_argument(
+        "--every",
+        type=options.duration_ns,
+        default=options.duration_ns("1s"),
+        metavar="TIME",
+        dest="every_ns",
+        help="with --chaos: time between two kills (default: 1s)",
+    )
     options.add_log_inputs(parser)
     options.add_run_options(parser)
 
 
 def cmd_stress(args: argparse.Namespace) -> int:
-    """`stress`: many vCPUs under overcommit, every page checked."""
+    """`stress`: many vCPUs of one or more VMs under overcommit, every page checked."""
     from launcher import commands
 
     return commands.cmd_stress(args)

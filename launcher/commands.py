@@ -21,7 +21,7 @@ from typing import Any, Final
 import setproctitle
 
 from launcher import record as recorder
-from launcher import reuse, rundir
+from launcher import reuse, rundir, stress
 from launcher.chaos import ChaosPlan
 from launcher.execute import RunOptions, RunResult, execute
 from launcher.progress import Progress
@@ -31,10 +31,7 @@ from launcher.signals import Signals
 from launcher.zygote_link import APP_DIR
 from proto.errors import UserError
 from proto.files import is_there
-from proto.layout import ALLOC_FIRST_GFN
-from proto.topology import PAGES_PER_MIB, Task, Topology, list_topologies, load
-from proto.topology_keys import ALLOWANCE_SPARE_PAGES
-from proto.units import ASYNC_PF_PER_VCPU
+from proto.topology import Task, Topology, list_topologies, load
 from report import compare as comparison
 from report import summary as summaries
 from report import text
@@ -42,9 +39,6 @@ from report import text
 OK, FAILED = 0, 1
 TOPOLOGIES: Final = APP_DIR / "topologies"
 STRESS_TOPOLOGY: Final = TOPOLOGIES / "stress.toml"
-STRESS_OVERCOMMIT: Final = 4
-STRESS_TASK_SPARE_PAGES: Final = 16
-"""Page tables of a task and what else its address space needs (proto.topology.process_pages)."""
 CHAOS_STAMP_KIB: Final = 4096
 TRACE_SUFFIX: Final = ".apft"
 
@@ -69,10 +63,20 @@ def _moves(args: argparse.Namespace) -> Moves:
 
 
 def cmd_stress(args: argparse.Namespace) -> int:
-    """Many vCPUs with a checked task on each, four times the memory the host gives."""
-    changes = stress_changes(args.vcpus) + args.changes
-    topology = load(STRESS_TOPOLOGY, changes, profile=args.profile, seconds=args.seconds, seed=args.seed)
-    return _run_and_show(topology, _options(args), args, must_check_reads=True)
+    """Many vCPUs with a checked task on each, and guests that have more memory than the host gives."""
+    size = stress.plan(args.vcpus, args.vms, args.overcommit)
+    kills = int((args.seconds or 0) * 1e9) // args.every_ns if args.chaos else 0
+    topology = load(
+        STRESS_TOPOLOGY,
+        args.changes,
+        profile=args.profile,
+        seconds=args.seconds,
+        seed=args.seed,
+        reshape=lambda raw: stress.reshape(raw, size, kills),
+    )
+    stress.check_machine(size)
+    chaos = stress.chaos(args.every_ns, topology.run.seconds, len(topology.swapd)) if args.chaos else None
+    return _run_and_show(topology, _options(args, chaos), args, must_check_reads=True)
 
 
 def cmd_chaos(args: argparse.Namespace) -> int:
@@ -153,28 +157,6 @@ def find_topology(name: str) -> Path:
         if is_there(path):
             return path
     return Path(name)
-
-
-def stress_changes(vcpus: int) -> list[str]:
-    """What `--set` would have to say to make a stress for ``vcpus`` of the ready-made topology of 64.
-
-    The host gets as little memory as it can work with, the guest four times that, its tasks nearly all of it: so pages are swapped
-    from the first second on. Nothing is paced.
-    """
-    pages = vcpus * ASYNC_PF_PER_VCPU + ALLOWANCE_SPARE_PAGES
-    allowance_mib = 1 + -(-pages // PAGES_PER_MIB)
-    guest_mib = STRESS_OVERCOMMIT * allowance_mib
-    task_pages = (guest_mib * PAGES_PER_MIB - ALLOC_FIRST_GFN) // (2 * vcpus) - STRESS_TASK_SPARE_PAGES
-    return [
-        f"vm.vcpus={vcpus}",
-        f"host.allowance_mib={allowance_mib}",
-        f"vm.memory_mib={guest_mib}",
-        "vm.rate_ops_per_s=0",
-        f"vm.0.task.0.count={vcpus}",
-        f"vm.0.task.1.count={vcpus}",
-        f"vm.0.task.0.memory_kib={4 * task_pages}",
-        f"vm.0.task.1.memory_kib={4 * task_pages}",
-    ]
 
 
 def with_stamp(topology: Topology) -> Topology:
@@ -259,9 +241,8 @@ def _first_reason(topology: Topology, runs: Sequence[Mapping[str, Any]]) -> str:
 def _show_details(result: RunResult) -> None:
     for line in result.details:
         sys.stderr.write(f"  {line}\n")
-    if result.log:
-        sys.stderr.write("  last lines of its log:\n")
-        sys.stderr.writelines(f"    {line}\n" for line in result.log)
+    for story in result.stories:
+        sys.stderr.writelines(f"  {line}\n" for line in story.lines())
 
 
 def _verdict(failed: Sequence[str]) -> int:

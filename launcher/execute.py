@@ -12,6 +12,7 @@ Not handled here: what is decided while the run is under way (launcher/lifecycle
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 import shutil
 import socket
@@ -25,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from launcher import resources, restart, rundir, runfile
+from launcher.blame import Story, stories
 from launcher.chaos import ChaosPlan
 from launcher.lifecycle import SAVED, Bounds
 from launcher.online import RunCheck
@@ -43,6 +45,7 @@ from proto.image import ImageReader
 from proto.topology import Topology
 from proto.trace import events_folder
 from proto.tracefile import TraceInfo
+from report import growth
 from report import summary as summaries
 from report.summary import Snapshot
 
@@ -54,6 +57,10 @@ ROLES: Final[Mapping[str, str]] = {
 """Where the zygote finds the main function of each role."""
 TRACE_BYTES: Final = 32 << 20
 """Ring of events of one process: what it records while the check of the run is behind."""
+KIB_PER_PAGE: Final = 4
+FILL_PAGE_NS: Final = 2_000_000
+SWEEP_PAGE_NS: Final = 5_000_000
+"""Time allowed to one page at the start and at the end: ten times what a busy machine was seen to need."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +73,8 @@ class RunOptions:
     log_inputs: bool = False
     chaos: ChaosPlan | None = None
     roles: Mapping[str, str] = field(default_factory=lambda: ROLES)
-    bounds: Bounds = field(default_factory=Bounds)
+    bounds: Bounds | None = None
+    """None: as the topology needs (`bounds_for`)."""
     trace_bytes: int = TRACE_BYTES
     misbehaves: str = ""
     """What the guest does on purpose that liveness does not allow."""
@@ -75,11 +83,11 @@ class RunOptions:
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """summary: contents of summary.json. log: last lines of the process that is to blame, if one is. run_dir: None if removed."""
+    """summary: contents of summary.json. stories: of the processes that are to blame, if any are. run_dir: None if removed."""
 
     summary: dict[str, Any]
     details: list[str]
-    log: list[str]
+    stories: list[Story]
     run_dir: Path | None
 
 
@@ -88,6 +96,8 @@ def execute(topology: Topology, options: RunOptions, signals: Signals, progress:
     began_ns = time.monotonic_ns()
     traces = resources.check_traces(topology)
     options.moves.check(topology)
+    if swept := rundir.sweep():
+        progress.say(f"removed what runs that were killed had left: {', '.join(map(str, swept))}")
     needs_disk = any(not (d.directory or d.allow_tmpfs or d.connect) for d in topology.swapd)
     run_dir = rundir.create(options.out, on_disk=needs_disk)
     run = _Run(topology, traces, options, run_dir, signals, progress, began_ns)
@@ -108,7 +118,7 @@ def execute(topology: Topology, options: RunOptions, signals: Signals, progress:
 class _Run:
     """One run: a set of processes, and after each restore another one (launcher/restart.py).
 
-    begun: a role may have started. end, kernels: figures and guest kernels as the last set left them.
+    begun: a role may have started. events: where the last set records. end, kernels: figures and guest kernels as the last set left them.
     """
 
     def __init__(
@@ -125,6 +135,7 @@ class _Run:
         self.options = options
         self.run_dir = run_dir
         self.begun = False
+        self.events = events_folder(1)
         self.record: dict[str, Any] = {}
         self.outcome = Outcome()
         self.check = RunCheck(
@@ -163,6 +174,7 @@ class _Run:
             if made is None:
                 return
             self._begin(number, made)
+            self.events = events_folder(number)
             key = link.new_key()
             supervisor = Supervisor(
                 topology,
@@ -174,7 +186,7 @@ class _Run:
                 began_ns=self._began_ns,
                 key=key,
                 chaos=options.chaos,
-                bounds=options.bounds,
+                bounds=options.bounds or bounds_for(topology),
                 save_at_ns=save_at_ns,
                 before=self.outcome if image is not None else None,
                 signals_seen=self._signals_seen,
@@ -182,7 +194,7 @@ class _Run:
             self.outcome = supervisor.outcome
             config = _config(topology, made, run_dir, self.record["run_id"], options)
             config |= {
-                "events": events_folder(number),
+                "events": self.events,
                 "lamport": self.carried.lamport,
                 "image": str(image or ""),
                 "log_inputs": inputlog.folder(number) if options.log_inputs else "",
@@ -248,6 +260,19 @@ class _Run:
             self.outcome.ended = f"failed:the image cannot be put to {target}: {error.strerror}"
 
 
+def bounds_for(topology: Topology) -> Bounds:
+    """How long the phases of a run may take: its memory is filled at the start, and swept at the end where it is checked."""
+    tasks = [task for vm in topology.vm for task in vm.task if task.workload != "replay"]
+    filled = sum(task.count * task.memory_kib for task in tasks)
+    swept = sum(task.count * task.memory_kib for task in tasks if task.workload == "stamp")
+    plain = Bounds()
+    return dataclasses.replace(
+        plain,
+        setup_ns=plain.setup_ns + filled // KIB_PER_PAGE * FILL_PAGE_NS,
+        drain_ns=plain.drain_ns + swept // KIB_PER_PAGE * SWEEP_PAGE_NS,
+    )
+
+
 def _describe(topology: Topology, made: Resources) -> dict[str, Any]:
     huge = made.segments["frames"].collapse_errno == 0
     return runfile.describe(secrets.token_hex(8), topology, made.swap_files, huge)
@@ -311,21 +336,22 @@ def _write_down(run: _Run, checked: dict[str, Any]) -> RunResult:
         memory=outcome.memory,
         chaos=_chaos_facts(run.options.chaos, outcome),
         outage=outcome.outage.summary(),
+        growth=growth.table(outcome.usage.samples, topology.total_vcpus),
         check=checked,
         save_restore=run.carried.facts(run.options.moves, outcome.saved_pages),
         warnings=warnings,
     )
     summary = summaries.build(topology, run.end, run.kernels, facts, outcome.at_start, outcome.at_stop)
-    log = run_dir.log_tail(outcome.culprit) if outcome.culprit else []
+    told = stories(run_dir, run.events, outcome.blamed)
     record = run.record | {
         "ended": outcome.ended,
         "details": outcome.details,
-        "log": log,
+        "blamed": [story.plain() for story in told],
         "warnings": summary["warnings"],
     }
     write_json(run_dir.path / "summary.json", summary)
     write_json(run_dir.path / "run.json", record)
-    return RunResult(summary, outcome.details, log, None if run_dir.temporary else run_dir.path)
+    return RunResult(summary, outcome.details, told, None if run_dir.temporary else run_dir.path)
 
 
 def _chaos_facts(chaos: ChaosPlan | None, outcome: Outcome) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ end of every vCPU. A daemon that ends is told to the host, then fenced (no I/O o
 then its successor starts with the next epoch.
 
 Invariants: effects are performed in the order given, each before the next; after `End` no further effect is given; a successor
-never starts before the fence; every wait has a bound, so that a run ends at most `setup + seconds + drain` after its start.
+never starts before the fence; every wait has a bound, so that a run ends at most `warm + setup + seconds + drain` after its start.
 
 Deliberately not here: clocks (every call is told the time), processes, sockets, how a fence is made.
 """
@@ -37,8 +37,10 @@ QUICK_DEATHS_MAX: Final = 5
 class Bounds:
     """How long a run may stay in each phase, ns."""
 
+    warm_ns: int = 900 * S
+    """To a zygote that can fork: every kernel may have to be compiled, on a busy machine."""
     setup_ns: int = 120 * S
-    """To the start barrier: forks, boot, filling guest memory."""
+    """From there to the start barrier: forks, boot, filling guest memory."""
     drain_ns: int = 60 * S
     """From the end of the measured time to the end of the last vCPU, the final sweeps of `stamp` tasks included."""
     save_ns: int = 120 * S
@@ -168,10 +170,11 @@ class Lifecycle:
     def begin(self, now_ns: int) -> None:
         """The bounds count from here."""
         self._daemons = [_Daemon(RestartBudget(limit)) for limit in self.restart_limits]
-        self._deadline_ns = now_ns + self.bounds.setup_ns
+        self._deadline_ns = now_ns + self.bounds.warm_ns
 
-    def on_ready(self) -> list[Effect]:
+    def on_ready(self, now_ns: int) -> list[Effect]:
         """The zygote can fork."""
+        self._deadline_ns = now_ns + self.bounds.setup_ns
         return [] if self.phase is Phase.OVER else [Fork([Child("host", 0, 0)])]
 
     def on_host(self, message: wire.Message, now_ns: int) -> list[Effect]:

@@ -22,7 +22,6 @@ from report.check.online import OnlineCheck
 TURN_S: Final = 0.25
 BUSY_TURN_S: Final = 0.01
 """After a turn that had its fill there is more to do, but others want the lock, too."""
-BUSY_EVENTS: Final = 1 << 15
 
 
 class RunCheck:
@@ -58,8 +57,16 @@ class RunCheck:
         self._stop()
         if self._error is not None:
             raise self._error
-        verdict = self._check.finish(name, ended, misbehaves)
-        return {**verdict.summary(), "online_events": self._check.online}
+        check = self._check
+        behind = check.behind()
+        verdict = check.finish(name, ended, misbehaves)
+        return {
+            **verdict.summary(),
+            "online_events": check.online,
+            "behind_max": max(check.behind_max, behind),
+            "behind_end": behind,
+            "ring_fullest_percent": round(100 * check.fullest, 3),
+        }
 
     def close(self) -> None:
         """End the thread and let the files go."""
@@ -83,4 +90,5 @@ class RunCheck:
                 return
         wait_s = TURN_S
         while not self._over.wait(wait_s):
-            wait_s = BUSY_TURN_S if self._check.turn() >= BUSY_EVENTS else TURN_S
+            self._check.turn()
+            wait_s = BUSY_TURN_S if self._check.more else TURN_S

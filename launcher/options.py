@@ -45,6 +45,17 @@ def positive_seconds(text: str) -> float:
     return value
 
 
+def ratio(text: str) -> float:
+    """A finite number, 1 or more."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value >= 1):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a ratio (allowed: a number, 1 or more)")
+    return value
+
+
 def positive_count(text: str) -> int:
     """A whole number above zero."""
     if not (text.isascii() and text.isdecimal() and int(text) > 0):

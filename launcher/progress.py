@@ -1,5 +1,8 @@
 """What a user sees while a run is under way: one line that changes on a terminal, plain lines elsewhere.
 
+A run of ten minutes shall not fill a log: elsewhere than on a terminal the lines about one phase come ever more rarely, and one that says
+what the last one said does not come.
+
 Invariants: everything goes to one stream (standard error), so that standard output carries results only; a terminal's line is
 erased before anything else is written; a closed stream ends the output, never the run.
 
@@ -14,6 +17,9 @@ from typing import Final, TextIO
 
 TERMINAL_EVERY_S: Final = 0.2
 PLAIN_EVERY_S: Final = 5.0
+PLAIN_EVERY_MAX_S: Final = 60.0
+PLAIN_SLOWER: Final = 1.25
+"""Each line about a phase waits that much longer than the one before it."""
 ERASE: Final = "\r\x1b[K"
 
 
@@ -28,31 +34,41 @@ class Progress:
         self._every_s = TERMINAL_EVERY_S if self._terminal else PLAIN_EVERY_S
         self._shown_s = time.monotonic()
         self._open_line = False
+        self._closed = False
+        self._said = ""
 
     def say(self, text: str) -> None:
         """A line that stays."""
         self._erase()
+        self._said = text
         self._write(f"{self._with_prefix(text)}\n")
 
     def phase(self, text: str) -> None:
         """What begins now; on a terminal the next line takes its place."""
-        self._shown_s = time.monotonic()
-        if self._terminal:
-            self._show(text)
-        else:
-            self.say(text)
+        if not self._terminal:
+            self._every_s = min(self._every_s, PLAIN_EVERY_S)
+        self._put(text)
 
     def due(self) -> bool:
         """Whether `update` would be shown now, so that nobody collects figures in vain."""
-        return time.monotonic() - self._shown_s >= self._every_s
+        return not self._closed and time.monotonic() - self._shown_s >= self._every_s
 
     def update(self, text: str) -> None:
         """Where the run is."""
-        self.phase(text)
+        if not self._terminal:
+            self._every_s = min(self._every_s * PLAIN_SLOWER, PLAIN_EVERY_MAX_S)
+        self._put(text)
 
     def done(self) -> None:
         """Leave no unfinished line."""
         self._erase()
+
+    def _put(self, text: str) -> None:
+        self._shown_s = time.monotonic()
+        if self._terminal:
+            self._show(text)
+        elif text != self._said:
+            self.say(text)
 
     def _show(self, text: str) -> None:
         width = shutil.get_terminal_size().columns
@@ -68,8 +84,10 @@ class Progress:
         return f"{self.prefix}: {text}" if self.prefix else text
 
     def _write(self, text: str) -> None:
+        if self._closed:
+            return
         try:
             self._stream.write(text)
             self._stream.flush()
         except OSError:  # nobody reads any more (a closed pipe): the run has another output
-            self._every_s = float("inf")
+            self._closed = True

@@ -3,7 +3,8 @@
 Purpose: `create` makes the run directory (mode 0700) with its folders for logs and events, and the folder of the sockets.
 
 Invariants: a directory that existed before is used only when it is empty and the user's own; only a directory without a name given by
-the user is removed at the end, and sockets always are; the path of a socket fits into what the kernel takes.
+the user is removed at the end, and sockets always are; the path of a socket fits into what the kernel takes. What a run that was
+killed as a whole has left is removed by the next one (`sweep`).
 
 Not handled here: what the files in it mean (report/, docs/).
 """
@@ -18,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from launcher import tempdirs
+from launcher.tempdirs import TemporaryFolder
 from proto.errors import UserError
 from swapd import swapfile
 
@@ -29,6 +32,9 @@ SOCKET_PATH_BYTES_MAX: Final = 107
 DISK_TEMP: Final = Path("/var/tmp")  # noqa: S108 - only as the parent of a fresh 0700 directory
 """Where the file hierarchy standard puts temporary files that shall not lie in memory."""
 _FOLDERS: Final = ("logs", "events")
+PREFIX: Final = "asyncpf-"
+SOCKETS_PREFIX: Final = "apfs-"
+SHORT_TEMP: Final = Path("/tmp")  # noqa: S108 - only as the parent of fresh 0700 directories
 IN_MEMORY: Final = frozenset({"tmpfs", "ramfs"})
 
 
@@ -36,13 +42,15 @@ IN_MEMORY: Final = frozenset({"tmpfs", "ramfs"})
 class RunDir:
     """A run directory that exists.
 
-    temporary: removed at the end. created: it did not exist before. socket_dir: 0700 as well, mostly the same one.
+    temporary: removed at the end. created: it did not exist before. socket_dir: 0700 as well, mostly the same one. folders: those that
+    go away with the run.
     """
 
     path: Path
     temporary: bool
     created: bool
     socket_dir: Path
+    folders: tuple[TemporaryFolder, ...] = ()
 
     @property
     def socket(self) -> Path:
@@ -81,9 +89,8 @@ class RunDir:
         """Remove what does not outlive the run. OSError when that fails."""
         for path in (self.socket, self.image):
             path.unlink(missing_ok=True)
-        for folder in (self.socket_dir, self.path) if self.temporary else (self.socket_dir,):
-            if folder.exists() and (self.temporary or folder != self.path):
-                shutil.rmtree(folder)
+        for folder in self.folders:
+            folder.remove()
 
     def discard(self) -> None:
         """Undo `create`: the run was refused before it began."""
@@ -102,19 +109,30 @@ def create(out: Path | None, *, on_disk: bool) -> RunDir:
 
     on_disk: the swap file will lie in it, so a temporary one should not lie in memory. Raises UserError.
     """
+    folders: list[TemporaryFolder] = []
     if out is None:
-        parent = _temporary_parent(on_disk=on_disk)
-        path, created = Path(tempfile.mkdtemp(prefix="asyncpf-", dir=parent)).resolve(), True
+        folders.append(tempdirs.make(PREFIX, _temporary_parent(on_disk=on_disk)))
+        path, created = folders[0].path, True
     else:
         path, created = named(out)
     try:
         for name in _FOLDERS:
             (path / name).mkdir(mode=0o700)
-        return RunDir(path, out is None, created, _socket_dir(path))
+        if not _fits(path):
+            folders.append(_socket_folder(path))
+        return RunDir(path, out is None, created, folders[-1].path if folders else path, tuple(folders))
     except BaseException:
-        if created:
+        for folder in folders:
+            folder.remove()
+        if created and out is not None:
             shutil.rmtree(path)
         raise
+
+
+def sweep() -> list[Path]:
+    """Remove the temporary folders of this user's runs that were killed with all their processes; which those were."""
+    parents = (Path(tempfile.gettempdir()), DISK_TEMP, SHORT_TEMP)
+    return [path for prefix in (PREFIX, SOCKETS_PREFIX) for path in tempdirs.sweep(prefix, parents)]
 
 
 def filesystem_of(folder: Path) -> str:
@@ -164,12 +182,11 @@ def named(out: Path) -> tuple[Path, bool]:
     return out.resolve(), created
 
 
-def _socket_dir(path: Path) -> Path:
-    if _fits(path):
-        return path
-    for parent in (tempfile.gettempdir(), "/tmp"):  # noqa: S108 - a fresh 0700 directory in it
-        if _fits(Path(parent) / "apfs-12345678"):
-            return Path(tempfile.mkdtemp(prefix="apfs-", dir=parent))
+def _socket_folder(path: Path) -> TemporaryFolder:
+    """A folder with a short path for the sockets of a run directory with a long one."""
+    for parent in (Path(tempfile.gettempdir()), SHORT_TEMP):
+        if _fits(parent / f"{SOCKETS_PREFIX}12345678"):
+            return tempdirs.make(SOCKETS_PREFIX, parent)
     raise UserError(
         "the paths of the run directory and of the temporary folder are too long for a socket",
         where="--out",

@@ -15,6 +15,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Final
 
+from launcher import rundir, tempdirs
 from launcher import scenario_real_part as part
 from launcher.execute import RunOptions, RunResult, execute
 from launcher.progress import Progress
@@ -99,8 +100,8 @@ def misbehaves(scenario: Scenario) -> str:
 def run(scenario: Scenario, signals: Signals, progress: Progress) -> Outcome:
     """One scenario, from the start of its processes to their end. Raises UserError for what this machine cannot provide."""
     check(scenario)
-    with tempfile.TemporaryDirectory(prefix="asyncpf-") as folder:
-        run_dir = Path(folder) / "run"
+    with tempdirs.make(rundir.PREFIX, Path(tempfile.gettempdir())) as folder:
+        run_dir = folder / "run"
         options = RunOptions(out=run_dir, roles=ROLES, misbehaves=misbehaves(scenario))
         result = execute(topology_of(scenario), options, signals, progress)
         return _put_together(scenario, result, run_dir)
@@ -112,7 +113,9 @@ def _put_together(scenario: Scenario, result: RunResult, run_dir: Path) -> Outco
     try:
         parts = {name: part.read(run_dir, name) for name in (part.HOST, part.PAGES, *cpus)}
     except FileNotFoundError:
-        story = "; ".join([ended, *result.details, *result.log[-1:]])
+        story = "; ".join(
+            [ended, *result.details, *(line for one in result.stories for line in one.log[-1:])]
+        )
         return Outcome(scenario, "real", observe((), Counter(), 0), (f"the run failed: {story}",), ())
     facts = [parts[name][1] for name in cpus]
     events = _events([event for found, _ in parts.values() for event in found], facts)

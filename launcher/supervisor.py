@@ -23,15 +23,18 @@ from typing import Any, Final
 import zmq
 
 from launcher import kernel_cache
+from launcher.blame import Blamed, Deaths
 from launcher.chaos import ChaosPlan, OutageMeter
 from launcher.lifecycle import Bounds, Effect, End, Fence, Fork, Kill, Lifecycle, Phase, Tell
+from launcher.live import Live
 from launcher.progress import Progress
 from launcher.resources import Resources
 from launcher.rundir import RunDir
 from launcher.runfile import usable_cores
 from launcher.signals import Signals
+from launcher.usage import Sampler
 from launcher.watch import Watch, private_memory_mib
-from launcher.zygote_link import Exited, Forked, Gone, Ready, Zygote, describe_exit
+from launcher.zygote_link import Child, Exited, Forked, Gone, Ready, Zygote, describe_exit, describe_status
 from proto import link, wire
 from proto.layout import CTL_ABORT
 from proto.pcpu import Pcpu
@@ -52,6 +55,8 @@ STALL_NS: Final = 10 * S
 STALL_CHECK_NS: Final = 1 * S
 LEAVE_ORDERLY_S: Final = 3.0
 LEAVE_ABORT_S: Final = 0.2
+TOGETHER_S: Final = 0.05
+"""Who dies this soon after the death that ends the run was not told to: it is named, too."""
 ZYGOTE_STOP_S: Final = 5.0
 """Reaping waits for reads that the device has begun."""
 ORPHANS_S: Final = 5.0
@@ -68,7 +73,8 @@ class Outcome:
 
     ended: str = ""
     orderly: bool = False
-    culprit: str = ""
+    blamed: list[Blamed] = field(default_factory=list)
+    """Who ended the run, first things first: those that died, or one that hangs or gave up."""
     details: list[str] = field(default_factory=list)
     start_ns: int = 0
     end_ns: int = 0
@@ -77,6 +83,7 @@ class Outcome:
     kills: int = 0
     bad_messages: int = 0
     memory: dict[str, float] | None = None
+    usage: Sampler = field(default_factory=Sampler)
     at_start: Snapshot | None = None
     at_stop: Snapshot | None = None
     outage: OutageMeter = field(default_factory=OutageMeter)
@@ -135,6 +142,7 @@ class Supervisor:
             elsewhere=frozenset(d for d, daemon in enumerate(topology.swapd) if daemon.connect),
         )
         self._watch = Watch(resources.segments)
+        self._live = Live(self._watch)
         # An observer writes to no eventfd; their number says how many vCPUs there are.
         self._pcpu = Pcpu(
             resources.segments["pcpu"].u64,
@@ -142,6 +150,7 @@ class Supervisor:
             [-1] * topology.total_vcpus,
             topology.pcpus(usable_cores()),
         )
+        self._deaths = Deaths()
         self._starting = ""
         self._stall_checked_ns = 0
         self._memory_due_ns = 0
@@ -232,12 +241,13 @@ class Supervisor:
             now_ns = time.monotonic_ns()
             match report:
                 case Ready():
-                    self._perform(self._life.on_ready())
+                    self._perform(self._life.on_ready(now_ns))
                 case Forked(child, pid):
                     self._perform(self._life.on_forked(child, pid))
                     if child.role == "host":
                         self._connecting = True
-                case Exited(child, _, status):
+                case Exited(child, pid, status):
+                    self._deaths.note(Blamed(child, describe_status(status), now_ns, pid))
                     if child.role == "swapd":
                         self._daemon_ended(child.number, now_ns)
                     self._perform(self._life.on_exited(child, status, now_ns))
@@ -245,6 +255,7 @@ class Supervisor:
                     self._zygote_gone = True
                     self._poller.unregister(self._zygote.fileno())
                     how = describe_exit(self._zygote.wait(ZYGOTE_STOP_S))
+                    self._deaths.note(Blamed(Child("zygote", 0, 0), how, now_ns, self._zygote.pid))
                     self._perform(self._life.on_zygote_gone(how))
 
     # -- effects ----------------------------------------------------------------------------------------------------------
@@ -281,8 +292,11 @@ class Supervisor:
 
     def _ended(self, end: End) -> None:
         outcome = self.outcome
-        outcome.ended, outcome.orderly, outcome.culprit = end.ended, end.orderly, end.culprit
+        outcome.ended, outcome.orderly = end.ended, end.orderly
         outcome.end_ns = time.monotonic_ns()
+        outcome.blamed = self._deaths.blamed(end.culprit, outcome.end_ns)
+        if not end.orderly:
+            self._progress.say(f"{end.ended.removeprefix('failed:')}: ending the run")
         outcome.start_ns = self._life.start_ns
         outcome.restarts = self._restarts_before + self._life.restarts
         if end.ended.startswith(("failed:timeout", "failed:stalled")):
@@ -309,6 +323,9 @@ class Supervisor:
         outcome.outage.sample(now_ns, self._watch.work(), self._watch.host(HostCounter.RESTARTS))
         if outcome.at_stop is None and self._watch.stopped():
             outcome.at_stop = self._watch.snapshot(now_ns)
+            outcome.usage.end(now_ns, self._pids_by_role(), self._watch.exits())
+        if outcome.usage.due(now_ns):
+            outcome.usage.take(now_ns, self._pids_by_role(), self._watch.exits())
         if self._memory_due_ns and now_ns >= self._memory_due_ns:
             self._memory_due_ns = 0
             vcpus = [pid for child, pid in self._life.pids.items() if child.role == "vcpu"]
@@ -317,6 +334,13 @@ class Supervisor:
             effects = self._life.on_chaos(victim)
             outcome.kills += len(effects)
             self._perform(effects)
+
+    def _pids_by_role(self) -> dict[str, list[int]]:
+        """Process ids of this run, the launcher's and the zygote's too."""
+        found = {"host": [], "swapd": [], "vcpu": [], "launcher": [os.getpid()], "zygote": [self._zygote.pid]}
+        for child, pid in self._life.pids.items():
+            found[child.role].append(pid)
+        return found
 
     def _barrier_opened(self, now_ns: int) -> None:
         if self.outcome.at_start is None:
@@ -332,6 +356,8 @@ class Supervisor:
             self.outcome.started_in_s = (now_ns - self._began_ns) / S
         if self._chaos is not None:
             self._chaos.begin(now_ns)
+        self.outcome.usage.begin(now_ns, self._topology.run.seconds)
+        self._live.begin(now_ns)
         self._progress.phase("running")
 
     def _daemon_ended(self, daemon: int, now_ns: int) -> None:
@@ -351,17 +377,19 @@ class Supervisor:
 
     def _show(self, now_ns: int) -> None:
         host = self._watch.host
-        swapped = f"{host(HostCounter.SWAP_IN_PAGES)} pages in, {host(HostCounter.SWAP_OUT_PAGES)} out"
         if self._life.phase is Phase.RUNNING:
             seconds = (now_ns - self._life.start_ns) / S
-            faults = f"{host(HostCounter.NESTED_FAULTS)} faults, {swapped}"
-            chaos = f", {self.outcome.kills} daemons killed" if self._chaos is not None else ""
-            self._progress.update(
-                f"{seconds:.1f} of {self._topology.run.seconds:g} s, work {self._watch.work():,}, {faults}{chaos}"
-            )
+            elapsed = f"{seconds:.0f} of {self._topology.run.seconds:g} s"
+            if self.outcome.at_stop is not None:
+                done, tasks = self._watch.tasks_done()
+                elapsed = f"stopped, {done} of {tasks} tasks are done"
+            restarts = self._restarts_before + self._life.restarts
+            kills = self.outcome.kills if self._chaos is not None else None
+            self._progress.update(self._live.line(now_ns, elapsed, restarts, kills))
         elif self._life.phase is Phase.STARTING:
             self._progress.update(self._starting)
         else:
+            swapped = f"{host(HostCounter.SWAP_IN_PAGES)} pages in, {host(HostCounter.SWAP_OUT_PAGES)} out"
             self._progress.update(f"{self._life.phase.value}, {swapped}")
 
     # -- the end ----------------------------------------------------------------------------------------------------------
@@ -369,7 +397,9 @@ class Supervisor:
         """End every process of the run, whatever state it is in, and release the sockets. Bounded."""
         try:
             if not self.outcome.orderly:
+                self._hear_who_else_died()
                 self._resources.segments["control"].u64[CTL_ABORT] = 1
+            self._deaths.leaving = True
             if not self._zygote_gone:
                 self._let_leave(LEAVE_ORDERLY_S if self.outcome.orderly else LEAVE_ABORT_S)
         finally:
@@ -381,6 +411,17 @@ class Supervisor:
                 self._dealer.close(linger=0)
             if self._context is not None:
                 self._context.term()
+
+    def _hear_who_else_died(self) -> None:
+        """Name those, too, that died together with the first one, before anybody is told to leave."""
+        if not self._deaths.died:
+            return
+        deadline_s = time.monotonic() + TOGETHER_S
+        while not self._zygote_gone and (left_s := deadline_s - time.monotonic()) > 0:
+            if self._zygote.wait_report(left_s):
+                self._hear_zygote()
+        self.outcome.blamed = list(self._deaths.died)
+        self.outcome.ended = self._deaths.text()
 
     def _let_leave(self, timeout_s: float) -> None:
         """Say goodbye and give the processes time to write down what they know."""

@@ -18,7 +18,12 @@ import numpy.typing as npt
 
 from proto.layout import (
     CTL_STOP,
+    K_DONE,
     MODE_IN_GUEST,
+    T_FAULT_NS,
+    T_STATE,
+    TS_HALTING,
+    TS_SLEEPING,
     VC_EXITS,
     VC_VCLOCK_NS,
     VC_WORK,
@@ -30,7 +35,7 @@ from proto.layout import (
 from proto.segments import Segment
 from proto.stats import HostCounter, StatsBlock, host_block
 from proto.units import WORDS_PER_PAGE
-from report.summary import Snapshot
+from report.summary import Snapshot, task_records
 
 MODE_MASK: Final = 3
 KIB_PER_MIB: Final = 1024
@@ -45,10 +50,18 @@ class Watch:
         self._stats = segments["stats"].u64
         self._control = segments["control"].u64
         self._host: StatsBlock = host_block(self._stats)
+        self._kernels = [
+            segments[f"kernel-{v}"].u64 for v in range(sum(name.startswith("kernel-") for name in segments))
+        ]
+        self._tasks = [task_records(kernel) for kernel in self._kernels]
 
     def work(self) -> int:
         """Work units of all vCPUs so far."""
         return int(self._vcpus[:, VP_COUNTERS + VC_WORK].sum())
+
+    def exits(self) -> list[int]:
+        """Exits of each vCPU so far."""
+        return [int(number) for number in self._vcpus[:, VP_COUNTERS + VC_EXITS]]
 
     def all_booted(self) -> bool:
         """Whether every vCPU has left guest mode at least once, which it does for its boot."""
@@ -61,6 +74,23 @@ class Watch:
     def host(self, counter: HostCounter) -> int:
         """A counter of the host."""
         return self._host.get(counter)
+
+    def stalled_tasks(self, now_ns: int, bound_ns: int) -> int:
+        """Guest tasks that have waited for a page longer than ``bound_ns``."""
+        before = np.uint64(max(0, now_ns - bound_ns))
+        return sum(
+            int(
+                (
+                    ((tasks[:, T_STATE] == TS_SLEEPING) | (tasks[:, T_STATE] == TS_HALTING))
+                    & (tasks[:, T_FAULT_NS] < before)
+                ).sum()
+            )
+            for tasks in self._tasks
+        )
+
+    def tasks_done(self) -> tuple[int, int]:
+        """Guest tasks that have ended, and all."""
+        return sum(int(kernel[K_DONE]) for kernel in self._kernels), sum(len(tasks) for tasks in self._tasks)
 
     def snapshot(self, now_ns: int) -> Snapshot:
         """A copy of all figures."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,14 +144,17 @@ def load(
     seconds: float | None = None,
     seed: int | None = None,
     *,
+    reshape: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     check_files: bool = True,
 ) -> Topology:
-    """The topology in the file, changed by `overrides` ("vm.vcpus=8") and then by the named options.
+    """The topology in the file, changed by `reshape` (of its tables), `overrides` ("vm.vcpus=8") and then the named options.
 
     `check_files=False` skips the question whether traces and swap directories exist. Raises UserError.
     """
     raw = _read(Path(path))
     build(Topology, raw, Source(str(path)))
+    if reshape is not None:
+        raw = reshape(raw)
     changed, options = apply_overrides(raw, overrides)
     named = {"mode": mode, "profile": profile, "seconds": seconds, "seed": seed}
     for name, value in named.items():

@@ -73,6 +73,11 @@ class LiveFile:
         """Events recorded and not taken that can be."""
         return 0 if self.damaged else self._words[COUNT_WORD] - self.taken
 
+    @property
+    def fill(self) -> float:
+        """Share of the ring that holds events not taken."""
+        return self.left / max(1, self._words[RING_WORD])
+
     def newest(self) -> int:
         """Counter of the last event recorded, 0 without one."""
         count = self._words[COUNT_WORD]

@@ -148,6 +148,8 @@ class RunFacts:
     memory: Mapping[str, float] | None = None
     chaos: Mapping[str, Any] | None = None
     outage: Mapping[str, Any] | None = None
+    growth: Mapping[str, Any] | None = None
+    """As `report.growth.table`."""
     check: Mapping[str, Any] | None = None
     """As `report.check.verdict.Verdict.summary`, and how many of its events were checked while the run was under way."""
     save_restore: Mapping[str, Any] | None = None
@@ -210,6 +212,7 @@ def build(
         "pcpus": facts.pcpus,
         "chaos": dict(facts.chaos) if facts.chaos else None,
         "outage": dict(facts.outage) if facts.outage else None,
+        "growth": dict(facts.growth) if facts.growth else None,
         "check": dict(facts.check) if facts.check else None,
         "save_restore": dict(facts.save_restore) if facts.save_restore else None,
     }
@@ -220,7 +223,7 @@ def build(
 def failures(summary: Mapping[str, Any], *, must_check_reads: bool = False) -> list[str]:
     """Every check that the run did not hold, in words; none for a good run.
 
-    must_check_reads: a run in which no read was checked proves nothing (stress, chaos).
+    must_check_reads: a run in which no read was checked proves nothing (stress, chaos), and none in which events were lost.
     """
     found = [] if summary["ended"] in (FINISHED, SAVED) else [f"the run ended: {summary['ended']}"]
     moved = summary["save_restore"]
@@ -236,8 +239,12 @@ def failures(summary: Mapping[str, Any], *, must_check_reads: bool = False) -> l
     if tasks["killed"]:
         reasons = ", ".join(f"{count} by {name}" for name, count in tasks["kill_reasons"].items() if count)
         found.append(f"{tasks['killed']} guest tasks were killed ({reasons})")
+    if summary["growth"] is not None:
+        found += summary["growth"]["failures"]
     check = summary["check"]
     if check is not None:
+        if must_check_reads and summary["ended"] == FINISHED and not check["liveness"]:
+            found.append(f"not all events could be checked: {'; '.join(check['notes'])}")
         found += [
             f"{name} is violated, {times} times: {'; '.join(check['examples'][name])}"
             for name, times in check["violations"].items()

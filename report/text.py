@@ -35,6 +35,8 @@ def render(summary: Mapping[str, Any]) -> str:
         rows.append(("outages", _outage(summary["outage"])))
     if summary["save_restore"]:
         rows.append(("moves", _moves(summary["save_restore"])))
+    if summary["growth"] and summary["growth"]["judged"]:
+        rows += [("growth", line) for line in _growth(summary["growth"])]
     rows += [("check", line) for line in _check(summary["check"])]
     rows += [("warning", warning) for warning in summary["warnings"]]
     width = max(len(name) for name, _ in rows)
@@ -55,6 +57,14 @@ def _faults(faults: Mapping[str, int]) -> str:
 def _outage(outage: Mapping[str, Any]) -> str:
     up, down = _or_dash(outage["work_per_100ms_up"]), _or_dash(outage["work_per_100ms_down"])
     return f"{outage['count']}, {outage['total_ms']:.0f} ms in all; work per 100 ms: {up} up, {down} down"
+
+
+def _growth(growth: Mapping[str, Any]) -> Iterator[str]:
+    """Memory of each group of processes, and the largest number of descriptors."""
+    for what in ("MiB", "descriptors"):
+        rows = [row for row in growth["series"] if row["what"] == what]
+        yield f"{what}: " + "; ".join(f"{row['of']} {row['start']:g} to {row['end']:g}" for row in rows)
+    yield from (f"GROWS {why}" for why in growth["failures"])
 
 
 def _moves(moves: Mapping[str, Any]) -> str:
@@ -88,7 +98,8 @@ def _check(check: Mapping[str, Any] | None) -> Iterator[str]:
         return
     held = INVARIANTS - len(check["violations"]) - len(check["skipped"])
     yield (
-        f"{check['events']:,} events ({check['online_events']:,} during the run): {held} invariants held, "
+        f"{check['events']:,} events ({check['online_events']:,} during the run, at most {check['behind_max']:,} behind): "
+        f"{held} invariants held, "
         f"{len(check['violations'])} violated, {len(check['skipped'])} skipped"
     )
     for name, times in check["violations"].items():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import shutil
 import signal
 import tempfile
 import time
@@ -18,11 +17,12 @@ from pathlib import Path
 
 import pytest
 
-from launcher import kernel_cache
+from launcher import kernel_cache, tempdirs
 from tests import processes
 
 ROOT = Path(__file__).resolve().parent.parent
 SHM = Path("/dev/shm")
+PREFIX = "apf-"
 EXIT_GRACE_S = 2.0
 
 # Before any test module imports numba, which reads the variable only once.
@@ -39,7 +39,10 @@ def _temporary_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
         os.register_at_fork(after_in_child=partial(signal.signal, number, signal.SIG_DFL))
-    folder = Path(tempfile.mkdtemp(prefix="apf-"))
+    # Of sessions that were killed.
+    tempdirs.sweep(PREFIX, [Path(tempfile.gettempdir())])
+    held = tempdirs.make(PREFIX, Path(tempfile.gettempdir()))
+    folder = held.path
     before = os.environ.get("TMPDIR")
     os.environ["TMPDIR"] = str(folder)
     tempfile.tempdir = None
@@ -49,7 +52,7 @@ def _temporary_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
         del os.environ["TMPDIR"]
     else:
         os.environ["TMPDIR"] = before
-    shutil.rmtree(folder)
+    held.remove()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -26,7 +26,7 @@ from report.check.source import FINISHED, SWAP_DAEMON
 from report.check.verdict import Verdict
 
 EVENTS_PER_TURN: Final = 1 << 17
-LEAST_PER_FILE: Final = 1 << 10
+LEAST_PER_FILE: Final = 1 << 6
 EVERYTHING: Final = (1 << 64) - 1
 
 
@@ -66,6 +66,12 @@ class OnlineCheck:
         self._cut = ""
         self._notes: list[str] = []
         self._online = 0
+        self.behind_max = 0
+        """Most events that were recorded and not checked at the beginning of a turn."""
+        self.fullest = 0.0
+        """Largest share of a ring that was recorded and not taken."""
+        self.more = False
+        """The last turn had its fill, and another one finds more to check."""
 
     # -- while the run is under way --------------------------------------------------------------------------------------
     def turn(self) -> int:
@@ -76,9 +82,18 @@ class OnlineCheck:
         newest = max((one.live.newest() for one in self._files.values()), default=0)
         for one in self._files.values():
             one.live.want(newest)
+        self._note_behind()
         number = self._check_upto(self._floor())
         self._online += number
         return number
+
+    def behind(self) -> int:
+        """Events that are recorded and not checked; those of daemons do not count."""
+        return sum(one.live.left + len(one.waiting) for one in self._files.values() if one.orders)
+
+    def _note_behind(self) -> None:
+        self.behind_max = max(self.behind_max, self.behind())
+        self.fullest = max(self.fullest, max((one.live.fill for one in self._files.values()), default=0.0))
 
     def _floor(self) -> int:
         """Counter up to which nothing more can come."""
@@ -112,14 +127,16 @@ class OnlineCheck:
             self._files.pop(other).live.close()
 
     def _check_upto(self, limit: int) -> int:
+        self.more = False
         if limit <= self.checked_upto:
             return 0
-        most = max(LEAST_PER_FILE, EVENTS_PER_TURN // max(1, len(self._files)))
-        for one in self._files.values():
-            self._take(one, limit, most)
-            if one.live.left or (one.live.damaged and one.orders):
+        for one, left, most in self._shares():
+            taken = self._take(one, limit, most)
+            # What came after the limit was read lies above it: only what was there before counts.
+            if one.live.last < limit and (left > taken or (one.live.damaged and one.orders)):
                 # More of it may be below the limit: the next turn goes on here, or nobody ever will.
-                limit = min(limit, one.live.last)
+                limit = one.live.last
+                self.more = not one.live.damaged
         if limit <= self.checked_upto or self._cut:
             return 0
         events = merge([one.upto(limit) for one in self._files.values()])
@@ -127,14 +144,23 @@ class OnlineCheck:
         self.checked_upto = limit
         return len(events)
 
-    def _take(self, one: _File, limit: int, most: int) -> None:
-        live = one.live
-        if live.last >= limit or not live.left:
-            return
-        events = live.take(most)
-        if one.orders and len(events) and int(events["lamport"][0]) <= self.checked_upto:
-            self._cut = f"{live.name} recorded events at or below a counter that was checked before"
-        one.waiting = np.concatenate([one.waiting, events]) if len(one.waiting) else events
+    def _shares(self) -> list[tuple[_File, int, int]]:
+        """Each file with what it has to take and how much of that is taken now: all of it, or so that no file falls behind others."""
+        left = [(one, one.live.left) for one in self._files.values()]
+        total = sum(number for _, number in left)
+        if total <= EVENTS_PER_TURN:
+            return [(one, number, number) for one, number in left]
+        return [(one, number, max(LEAST_PER_FILE, number * EVENTS_PER_TURN // total)) for one, number in left]
+
+    def _take(self, one: _File, limit: int, most: int) -> int:
+        """Take events of a file until its share is taken or the limit is reached; how many."""
+        live, taken = one.live, 0
+        while taken < most and live.last < limit and (len(events := live.take(most - taken))):
+            if one.orders and int(events["lamport"][0]) <= self.checked_upto:
+                self._cut = f"{live.name} recorded events at or below a counter that was checked before"
+            one.waiting = np.concatenate([one.waiting, events]) if len(one.waiting) else events
+            taken += len(events)
+        return taken
 
     # -- the end ---------------------------------------------------------------------------------------------------------
     def finish(self, name: str, ended: str, misbehaves: str = "") -> Verdict:
@@ -167,9 +193,9 @@ class OnlineCheck:
         """Check what files without a writer hold; why that is not all, "" if it is."""
         self._missing.clear()
         self._files_at_the_end()
-        limit, before = self._last(), -1
-        while before < self.checked_upto < limit and not self._cut:
-            before = self.checked_upto
+        limit = self._last()
+        self._check_upto(limit)
+        while self.more and not self._cut:
             self._check_upto(limit)
         notes, cut = self._losses()
         self._notes += notes

@@ -55,10 +55,37 @@ def test_a_run_without_json_is_for_people(runner: Runner) -> None:
     assert ": running" in ended.stderr
 
 
-def test_stress_with_a_few_vcpus(runner: Runner) -> None:
-    ended = runner.command("stress", "--vcpus", "4", "--seconds", "0.3", "--json")
+def test_stress_of_two_guests_whose_daemon_is_killed_again_and_again(runner: Runner) -> None:
+    words = (
+        "--vcpus",
+        "8",
+        "--vms",
+        "2",
+        "--seconds",
+        "2",
+        "--overcommit",
+        "3.5",
+        "--chaos",
+        "--every",
+        "300ms",
+    )
+    ended = runner.command("stress", *words, "--json")
     assert ended.code == 0, ended.stderr
     summary = ended.summary
-    assert (summary["vcpus"], summary["ended"]) == (4, "finished")
+    assert (summary["vcpus"], summary["ended"]) == (8, "finished")
     assert summary["integrity"]["reads_checked"] > 0
     assert summary["integrity"]["errors"] == 0
+    assert summary["tasks"]["done"] == 16, "a checked and a random task on each vCPU of both guests"
+    assert summary["chaos"]["kills"] > 0
+    assert summary["restarts"] >= summary["chaos"]["kills"]
+    assert summary["check"]["violations"] == {}
+    assert 0 <= summary["check"]["behind_end"] <= summary["check"]["behind_max"]
+    growth = summary["growth"]
+    assert (growth["judged"], growth["failures"]) == (False, [])
+    assert growth["samples"] >= 2
+    rows = {(row["of"], row["what"]): row for row in growth["series"]}
+    assert len(rows) == 12
+    for row in rows.values():
+        assert row["start"] > 0, row
+        assert row["end"] > 0, row
+    assert rows["vCPUs, sum", "MiB"]["end"] > rows["vCPUs, largest", "MiB"]["end"]

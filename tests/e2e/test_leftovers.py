@@ -6,9 +6,11 @@ tests/conftest.py looks for processes, files in the temporary directory and in /
 from __future__ import annotations
 
 import os
+import re
 import signal
 import tempfile
 from pathlib import Path
+from typing import Final
 
 import pytest
 
@@ -46,15 +48,31 @@ def test_a_signal_ends_the_run_in_order(number: signal.Signals, runner: Runner) 
     _all_gone(others)
 
 
-@pytest.mark.parametrize("victim", ["vcpu-1", "host-0", "zygote-0"])
-def test_killing_what_may_not_die_ends_the_run(victim: str, runner: Runner) -> None:
+EVENT: Final = re.compile(r" *[+-][0-9.]+ us  [A-Z_0-9]+ +vm 0 vcpu \d+( \w+=\w+)*")
+
+
+@pytest.mark.parametrize("victims", [("vcpu-1",), ("host-0",), ("zygote-0",), ("host-0", "vcpu-0", "vcpu-1")])
+def test_killing_what_may_not_die_ends_the_run_and_tells_its_story(
+    victims: tuple[str, ...], runner: Runner
+) -> None:
     run = _running(runner)
     others = run.descendants()
-    os.kill(run.pid_of(victim), signal.SIGKILL)
+    pids = {name: run.pid_of(name) for name in victims}
+    for pid in pids.values():
+        os.kill(pid, signal.SIGKILL)
     ended = run.end(END_BOUND_S)
     assert ended.code == 1
-    assert ended.summary["ended"] == f"failed:{victim} killed by SIGKILL"
-    assert victim in ended.stderr
+    names = ended.summary["ended"].removeprefix("failed:").split(", ")
+    assert sorted(names) == sorted(f"{name} killed by SIGKILL" for name in victims)
+    lines = ended.stderr.splitlines()
+    for name, pid in pids.items():
+        story = lines[lines.index(f"  {name} (process {pid}): killed by SIGKILL") + 1 :]
+        if name == "zygote-0":
+            assert story[0].strip() == "it records no events"
+        else:
+            assert story[0].strip() == "its last events, before its end was noticed:"
+            assert EVENT.fullmatch(story[1]), story
+            assert EVENT.fullmatch(story[2]), story
     assert processes.wait_gone(others, 0) == set()
     _all_gone(others)
 

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from launcher import commands
-from launcher.commands import find_topology, rotation, stress_changes, with_stamp
-from launcher.execute import RunResult
+from launcher.blame import Story
+from launcher.commands import find_topology, rotation, with_stamp
+from launcher.execute import RunOptions, RunResult
 from launcher.zygote_link import APP_DIR
 from proto.errors import UserError
 from proto.topology import Topology, load
@@ -24,16 +25,6 @@ def test_every_mode_goes_first_in_turn() -> None:
         *((1, mode) for mode in "bca"),
         *((2, mode) for mode in "cab"),
     ]
-
-
-@pytest.mark.parametrize("vcpus", [1, 2, 3, 7, 64, 255, 1024])
-def test_a_stress_fits_its_guest_and_swaps(vcpus: int) -> None:
-    topology = load(commands.STRESS_TOPOLOGY, stress_changes(vcpus))
-    assert topology.total_vcpus == vcpus
-    assert topology.guest_pages == 4 * topology.allowance_pages
-    assert {task.workload for task in topology.vm[0].task} == {"stamp", "uniform"}
-    used = sum(task.count * task.memory_kib // 4 for task in topology.vm[0].task)
-    assert used > 2 * topology.allowance_pages, "otherwise little would be swapped"
 
 
 def test_a_stamp_task_is_added_only_where_there_is_none() -> None:
@@ -68,14 +59,19 @@ def test_topologies_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(len(line.split()) > 3 for line in lines)
 
 
+STORY = Story("vcpu-1", 12, "killed by SIGKILL", ["an event"], "", ["a log line"])
+
+
 class _Runs:
     """Stands for `execute`: gives summaries without running anything, and notes what was asked for."""
 
     def __init__(self, **changes: Any) -> None:
         self.changes = changes
         self.asked: list[tuple[str, float, Path | None]] = []
+        self.options: list[RunOptions] = []
 
-    def __call__(self, topology: Topology, options: Any, *_: Any) -> RunResult:
+    def __call__(self, topology: Topology, options: RunOptions, *_: Any) -> RunResult:
+        self.options.append(options)
         self.asked.append((topology.run.mode, topology.run.seconds, options.out))
         summary = full_summary()
         summary["mode"] = topology.run.mode
@@ -84,7 +80,7 @@ class _Runs:
                 summary[table] |= values
             else:
                 summary[table] = values
-        return RunResult(summary, ["a detail"], ["a log line"], options.out)
+        return RunResult(summary, ["a detail"], [STORY], options.out)
 
 
 def _args(**more: Any) -> argparse.Namespace:
@@ -114,7 +110,8 @@ def test_the_exit_code_of_a_run_is_its_verdict(
     shown = capsys.readouterr()
     assert json.loads(shown.out)["mode"] == "sync"
     assert ("asyncpf: failed: " in shown.err) is (code == 1)
-    assert ("a log line" in shown.err) is (code == 1)
+    for text in ("vcpu-1 (process 12): killed by SIGKILL", "an event", "a log line"):
+        assert (text in shown.err) is (code == 1)
 
 
 def test_chaos_and_stress_must_have_checked_something(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +121,14 @@ def test_chaos_and_stress_must_have_checked_something(monkeypatch: pytest.Monkey
         monkeypatch.setattr(commands, "execute", runs)
         assert commands.cmd_chaos(_args(every_ns=10**8, for_ns=3 * 10**9)) == code
         assert runs.asked[0][1] == 3.0, "the run lasts as long as the chaos"
-        assert commands.cmd_stress(_args(vcpus=2)) == code
+        stress = {"vcpus": 3, "vms": 2, "overcommit": 2.5, "every_ns": 10**8}
+        assert commands.cmd_stress(_args(**stress, chaos=True, seconds=4.0)) == code
+        plan = runs.options[-1].chaos
+        assert plan is not None
+        assert (plan.every_ns, plan.for_ns, plan.daemons) == (10**8, 4 * 10**9, 1)
+        assert runs.asked[-1][1] == 4.0
+        assert commands.cmd_stress(_args(**stress, chaos=False)) == code
+        assert runs.options[-1].chaos is None
 
 
 def test_compare_runs_every_mode_and_names_the_directories(

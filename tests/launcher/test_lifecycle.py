@@ -28,7 +28,7 @@ from proto import wire
 HOST = Child("host", 0, 0)
 KILLED = int(signal.SIGKILL)
 SEGV = int(signal.SIGSEGV)
-BOUNDS = Bounds(setup_ns=10 * S, drain_ns=5 * S, stop_ns=1 * S)
+BOUNDS = Bounds(warm_ns=20 * S, setup_ns=10 * S, drain_ns=5 * S, stop_ns=1 * S)
 
 
 def _running(vcpus: int = 2, limits: tuple[int, ...] = (1000,), now_ns: int = 0) -> Lifecycle:
@@ -41,7 +41,7 @@ def _running(vcpus: int = 2, limits: tuple[int, ...] = (1000,), now_ns: int = 0)
 def _filling(vcpus: int = 2, limits: tuple[int, ...] = (1000,), now_ns: int = 0) -> Lifecycle:
     life = Lifecycle(vcpus, limits, seconds=2.0, bounds=BOUNDS)
     life.begin(now_ns)
-    assert life.on_ready() == [Fork([HOST])]
+    assert life.on_ready(now_ns) == [Fork([HOST])]
     life.on_forked(HOST, 100)
     (fork,) = life.on_host(wire.HostReady(100), now_ns)
     assert isinstance(fork, Fork)
@@ -58,7 +58,7 @@ def _end(effects: list[Effect]) -> End:
 def test_daemons_and_vcpus_start_when_the_host_is_ready() -> None:
     life = Lifecycle(2, (1, 1), seconds=1.0)
     life.begin(0)
-    assert life.on_ready() == [Fork([HOST])]
+    assert life.on_ready(0) == [Fork([HOST])]
     (fork,) = life.on_host(wire.HostReady(1), 0)
     assert isinstance(fork, Fork)
     assert [child.name for child in fork.children] == ["swapd-0", "swapd-1", "vcpu-0", "vcpu-1"]
@@ -191,7 +191,7 @@ def test_a_signal_before_the_host_is_ready_ends_at_once() -> None:
     life = Lifecycle(1, (1,), 1.0)
     life.begin(0)
     assert life.on_signal(0) == [End("interrupted", orderly=False)]
-    assert life.on_ready() == []
+    assert life.on_ready(0) == []
 
 
 def test_a_stop_that_is_not_answered_ends_after_its_bound() -> None:
@@ -204,8 +204,14 @@ def test_a_stop_that_is_not_answered_ends_after_its_bound() -> None:
 def test_every_phase_is_bounded() -> None:
     life = Lifecycle(1, (1,), 1.0, bounds=BOUNDS)
     life.begin(0)
-    assert life.on_time(10 * S - 1) == []
-    assert _end(life.on_time(10 * S)).ended == "failed:timeout while starting"
+    assert life.on_time(20 * S - 1) == []
+    assert _end(life.on_time(20 * S)).ended == "failed:timeout while starting"
+
+    life = Lifecycle(1, (1,), 1.0, bounds=BOUNDS)
+    life.begin(0)
+    life.on_ready(19 * S)
+    assert life.on_time(29 * S - 1) == [], "whatever had to be compiled before"
+    assert _end(life.on_time(29 * S)).ended == "failed:timeout while starting"
     assert _end(_filling().on_time(10 * S)).ended == "failed:timeout while filling memory"
     life = _running(now_ns=S)
     assert life.on_time(8 * S - 1) == []
@@ -220,7 +226,7 @@ def test_stalled_vcpus_end_the_run() -> None:
 def test_a_daemon_that_hangs_before_its_fork_was_reported_is_killed_then() -> None:
     life = Lifecycle(1, (1000,), seconds=2.0, bounds=BOUNDS)
     life.begin(0)
-    life.on_ready()
+    life.on_ready(0)
     life.on_host(wire.HostReady(1), 0)
     swapd = Child("swapd", 0, 0)
     assert life.on_host(wire.RestartWanted(0, 0, "no heartbeat"), 0) == []

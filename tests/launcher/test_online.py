@@ -76,6 +76,8 @@ def test_a_ring_is_recycled_and_the_whole_run_is_judged(tmp_path: Path) -> None:
     assert summaries.failures(result.summary) == []
     assert (check["violations"], check["notes"], check["liveness"]) == ({}, [], True)
     assert check["online_events"] > 0
+    assert 0 < check["behind_max"] < check["events"], "the check kept up"
+    assert 0 < check["ring_fullest_percent"] < 100
     host = read_file(out / "events" / "host.bin")
     assert host.begin > 0, "it was written more than once"
     assert host.path.stat().st_size <= RING_BYTES + 4096

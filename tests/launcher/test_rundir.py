@@ -23,6 +23,20 @@ def test_a_temporary_one_is_private_and_goes_away() -> None:
     assert not made.path.exists()
 
 
+def test_the_next_run_removes_what_a_killed_one_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    used, left = (rundir.create(None, on_disk=False) for _ in range(2))
+    assert used.path.parent == left.path.parent == tmp_path
+    long = rundir.create(tmp_path / ("y" * SOCKET_PATH_BYTES_MAX), on_disk=False)
+    for run in (left, long):
+        for folder in run.folders:
+            os.close(folder._lock_fd)
+    gone = {left.path, long.socket_dir}
+    assert gone <= set(rundir.sweep())
+    assert {path for path in (used.path, long.path, *gone) if path.exists()} == {used.path, long.path}
+    used.remove()
+
+
 def test_a_named_one_stays_without_its_socket(tmp_path: Path) -> None:
     made = rundir.create(tmp_path / "a" / "b", on_disk=True)
     made.socket.touch()

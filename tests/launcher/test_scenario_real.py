@@ -13,6 +13,7 @@ import pytest
 
 from launcher import cli, scenario_real
 from launcher import scenario_real_part as part
+from launcher.blame import Story
 from launcher.execute import RunResult
 from launcher.progress import Progress
 from launcher.scenario import SCENARIOS
@@ -125,7 +126,9 @@ def put_together(
     run_dir: Path, ended: str = "finished", examples: dict[str, list[str]] | None = None
 ) -> Outcome:
     summary = {"ended": ended, "check": {"examples": examples or {}}}
-    result = RunResult(summary, ["a detail"], ["line 1", "the last line"], None)
+    result = RunResult(
+        summary, ["a detail"], [Story("vcpu-0", 1, "", [], "", ["line 1", "the last line"])], None
+    )
     return scenario_real._put_together(shipped("one"), result, run_dir)
 
 

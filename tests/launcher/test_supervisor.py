@@ -74,7 +74,9 @@ def test_a_long_run_directory_gets_its_socket_elsewhere(tmp_path: Path) -> None:
 def test_a_failed_run_says_why(script: str, ended: str, said: str) -> None:
     result = run_fake(script, 20.0)
     assert (result.summary["ended"], result.run_dir) == (ended, None)
-    assert said in "\n".join(result.log)
+    (story,) = result.stories
+    assert said in "\n".join(story.log)
+    assert f"failed:{story.name} {story.how}" == ended or not story.how
 
 
 def test_a_daemon_that_cannot_start_is_given_up() -> None:

@@ -256,7 +256,7 @@ def test_files_of_daemons_that_were_replaced_are_let_go(tmp_path: Path) -> None:
 
 def test_a_turn_does_a_bounded_amount_of_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("report.check.online.EVENTS_PER_TURN", 200)
-    monkeypatch.setattr("report.check.online.LEAST_PER_FILE", 50)
+    monkeypatch.setattr("report.check.online.LEAST_PER_FILE", 1)
     taken = []
     real = LiveFile.take
 
@@ -274,6 +274,68 @@ def test_a_turn_does_a_bounded_amount_of_work(tmp_path: Path, monkeypatch: pytes
         for _ in range(200):
             taken.clear()
             run.check.turn()
-            assert sum(taken) <= 200
+            assert sum(taken) <= 200 + len(NAMES)
         assert run.check.online > len(story.rows) - 10
+        assert run.end().ok
+
+
+def test_a_turn_is_used_by_who_has_recorded_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many idle processes beside one that works: their shares are not kept free for them."""
+    monkeypatch.setattr("report.check.online.EVENTS_PER_TURN", 400)
+    story = _story(40)
+    with running(tmp_path, story) as run:
+        idle = [TraceWriter(tmp_path / f"vcpu-{cpu}.bin", 1 + cpu, 1 << 16) for cpu in range(2, 80)]
+        for writer in idle:
+            writer.event(Kind.PROCESS_START)
+        run.lamport = 1
+        run.tell(len(story.rows))
+        run.check.turn()
+        run.tick()
+        for writer in idle:
+            writer.tick()
+        turns = 0
+        while run.check.turn() or run.check.more:
+            turns += 1
+        assert run.check.online >= len(story.rows) - 1
+        assert turns <= 2 + len(story.rows) // 200
+        for writer in idle:
+            writer.close()
+
+
+def test_what_comes_during_a_turn_does_not_hold_it_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that was idle for long records an event while others' files are read: that is above the floor of the turn."""
+    story = _story(20)
+    with running(tmp_path, story) as run:
+        run.tell(len(story.rows))
+        run.check.turn()
+        run.tick()
+        real = LiveFile.take
+
+        def meanwhile(self: LiveFile, most: int) -> Any:
+            for proc in (0, 1, 2):
+                run.writers[proc].event(Kind.REQ, a=1)
+            return real(self, most)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(LiveFile, "take", meanwhile)
+            newest = min(one.live.floor() for one in run.check._files.values() if one.orders)
+            run.check.turn()
+        assert run.check.checked_upto == newest
+        assert not run.check.more
+
+
+def test_how_far_it_is_behind_is_known(tmp_path: Path) -> None:
+    story = _story(20)
+    with running(tmp_path, story, ring=1 << 10) as run:
+        assert (run.check.behind(), run.check.behind_max, run.check.fullest) == (0, 0, 0.0)
+        run.tell(len(story.rows))
+        run.check.turn()
+        run.tick()
+        recorded = sum(writer.count for proc, writer in run.writers.items() if proc < 2000)
+        assert run.check.behind_max == recorded
+        assert run.check.fullest == pytest.approx(max(w.count for w in run.writers.values()) / (1 << 10))
+        run.check.turn()
+        assert run.check.behind() <= 1
         assert run.end().ok

@@ -41,8 +41,8 @@ from proto.layout import (
 from proto.stats import HostCounter, HostHist, VcpuHist
 from proto.topology import Topology
 from proto.units import WORDS_PER_PAGE
+from report import growth, text
 from report import summary as summaries
-from report import text
 from report.check.checker import Checker
 from report.summary import U64, RunFacts, Snapshot, build
 
@@ -121,7 +121,14 @@ def full_summary() -> dict[str, Any]:
         memory={"uss": 2.0, "mapped_alone": 2.5},
         chaos={"kills": 1, "every_ms": 2.0, "for_s": 3.0},
         outage={"count": 1, "total_ms": 2.0, "work_per_100ms_up": None, "work_per_100ms_down": 1.0},
-        check={**Checker("mainline").finish("x").summary(), "online_events": 0},
+        growth=growth.table([], 2),
+        check={
+            **Checker("mainline").finish("x").summary(),
+            "online_events": 0,
+            "behind_max": 0,
+            "behind_end": 0,
+            "ring_fullest_percent": 0.0,
+        },
         save_restore={"planned": 1, "done": 1, "down_ms": 2.0, "image_pages": 3},
     )
     return build(topology, _snapshot(topology), [_kernel([])], facts)
@@ -278,6 +285,7 @@ def _bad(**changes: Any) -> dict[str, Any]:
         (_bad(ended="failed:host-0 exit code 1"), "failed:host-0"),
         (_bad(integrity__errors=2), "2 reads found a lost or stale word"),
         (_bad(tasks__killed=1), "1 guest tasks were killed"),
+        (_bad(growth__failures=["host: MiB grew"]), "host: MiB grew"),
         (
             _bad(check__violations={"I22": 3}, check__examples={"I22": ["told", "vm 0 vcpu 1"]}),
             "I22 is violated, 3 times: told; vm 0 vcpu 1",
@@ -302,6 +310,15 @@ def test_a_good_run_has_no_failures_unless_nothing_was_checked() -> None:
     assert "no read was checked" in failure
     summary["integrity"]["reads_checked"] = 1
     assert summaries.failures(summary, must_check_reads=True) == []
+
+
+def test_a_stress_whose_events_were_not_all_checked_proves_nothing() -> None:
+    summary = _bad(check__liveness=False, check__notes=["host.bin: full"], integrity__reads_checked=1)
+    assert summaries.failures(summary) == []
+    (failure,) = summaries.failures(summary, must_check_reads=True)
+    assert failure == "not all events could be checked: host.bin: full"
+    summary["ended"] = "saved"
+    assert summaries.failures(summary, must_check_reads=True) == [], "its events go on elsewhere"
 
 
 def test_tasks_are_counted_by_their_end() -> None:
@@ -336,15 +353,19 @@ def test_the_text_shows_what_matters() -> None:
         "examples": {"I22": ["what it says", "the event"]},
         "notes": ["a note"],
     }
+    row = {"of": "host", "what": "MiB", "start": 80.5, "end": 81.25}
+    summary["growth"] |= {"judged": True, "series": [row], "failures": ["host: why"]}
     shown = text.render(summary)
     for part in (
+        "MiB: host 80.5 to 81.25",
+        "GROWS host: why",
         "interrupt (mainline), 2 vCPUs",
         "finished",
         "swap in 90 us (p99 1.23 ms)",
         "NOT KEPT, the slowest vCPU executed 90.0 % of its time",
         "3 restarts",
         "work per 100 ms: - up, 1.0 down",
-        "12,345 events (0 during the run): 48 invariants held, 1 violated, 1 skipped",
+        "12,345 events (0 during the run, at most 0 behind): 48 invariants held, 1 violated, 1 skipped",
         "1 of 1 restores, the guests stood still for 2 ms",
         "VIOLATED I22 (3): what it says",
         "the event",
