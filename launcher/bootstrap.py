@@ -42,7 +42,7 @@ APP_DIR = Path(__file__).resolve().parent.parent
 _RUN_MODULES = ("zmq", "msgpack", "numba", "numpy", "xxhash", "setproctitle")
 MODULES: Mapping[Needs, tuple[str, ...]] = {
     "run": _RUN_MODULES,
-    "test": (*_RUN_MODULES, "pytest", "pytest_timeout", "hypothesis"),
+    "test": (*_RUN_MODULES, "pytest", "pytest_timeout", "xdist", "hypothesis"),
 }
 # The test lock file contains the run lock file with equal versions.
 CONTAINS: Mapping[Needs, tuple[Needs, ...]] = {"run": ("run",), "test": ("run", "test")}

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+SHM = 'SHM = Path("/dev/shm")'
 LEAKS = {
     "process": """
 import subprocess
@@ -24,8 +25,8 @@ import tempfile
 def test_it(): tempfile.mkstemp()
 """,
     "shared memory": """
-import pathlib, os
-def test_it(): pathlib.Path(f"/dev/shm/asyncpf-leak-{os.getppid()}").touch()
+import pathlib
+def test_it(): pathlib.Path(__file__).with_name("shm").joinpath("leak").touch()
 """,
 }
 CLEAN = """
@@ -37,7 +38,11 @@ def test_it():
 
 
 def _run(folder: Path, text: str) -> subprocess.CompletedProcess[str]:
-    (folder / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
+    # A folder of its own in place of /dev/shm, which the tests of others watch at the same time.
+    text_of_check = (ROOT / "tests" / "conftest.py").read_text()
+    assert text_of_check.count(SHM) == 1
+    (folder / "shm").mkdir()
+    (folder / "conftest.py").write_text(text_of_check.replace(SHM, f"SHM = Path({str(folder / 'shm')!r})"))
     (folder / "test_leak.py").write_text(text)
     options = ["-q", "-p", "no:cacheprovider", "--rootdir", str(folder), "--basetemp", str(folder / "base")]
     return subprocess.run(
@@ -53,10 +58,7 @@ def _run(folder: Path, text: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("kind", LEAKS)
 def test_leak_fails_the_test(kind: str, tmp_path: Path) -> None:
-    try:
-        done = _run(tmp_path, LEAKS[kind])
-    finally:
-        Path(f"/dev/shm/asyncpf-leak-{os.getpid()}").unlink(missing_ok=True)
+    done = _run(tmp_path, LEAKS[kind])
     assert done.returncode == 1, done.stdout + done.stderr
     assert "the test left behind: " in done.stdout
 

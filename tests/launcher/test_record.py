@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher.lackey import LackeyParser
-from launcher.record import record
+from launcher.record import _queued_s, record
 from launcher.reuse import TraceReport, format_report, reuse_distances, trace_report
 from proto.errors import UserError
 from proto.tracefile import load_trace
 from proto.tracewriter import TraceWriter
 
 ROOT = Path(__file__).resolve().parents[2]
+QUEUE_BOUND_S = 30.0
 needs_valgrind = pytest.mark.skipif(
     shutil.which("valgrind") is None, reason="valgrind is not installed (Debian package: valgrind)"
 )
@@ -200,6 +202,23 @@ def test_a_stopped_program_may_clean_up(tmp_path: Path) -> None:
         ["sh", "-c", f"trap 'echo > {cleaned}; exit' TERM; while :; do :; done"], tmp_path / "t.apft", 500_000
     )
     assert cleaned.exists()
+
+
+def test_waiting_for_a_core_is_no_time_for_the_clean_up() -> None:
+    """Two that want the same core: what the other computes, this one waits. Without such figures in the kernel it is 0."""
+    core = min(os.sched_getaffinity(0))
+    spin = f"import os; os.sched_setaffinity(0, {{{core}}})\nwhile True: pass"
+    programs = [subprocess.Popen([sys.executable, "-c", spin]) for _ in range(2)]
+    try:
+        deadline_s = time.monotonic() + QUEUE_BOUND_S
+        told = Path("/proc/self/schedstat").exists()
+        while told and _queued_s(programs[0].pid) < 0.1:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.02)
+    finally:
+        for program in programs:
+            program.kill()
+            program.wait()
 
 
 @needs_valgrind

@@ -17,7 +17,7 @@ from launcher.blame import Story
 from launcher.execute import RunResult
 from launcher.progress import Progress
 from launcher.scenario import SCENARIOS
-from launcher.scenario_real_host import longest_ns
+from launcher.scenario_real_host import _begin_together, longest_ns
 from launcher.signals import Signals
 from proto.errors import UserError
 from sim.events import Event
@@ -96,6 +96,11 @@ def test_a_script_ends_the_run_of_all_vcpus(tmp_path: Path) -> None:
     outcome = run(load(ended))
     assert outcome.differences == ()
     assert outcome.events[-1].t_ns < 4_000_000_000
+
+
+def test_only_vcpus_without_a_script_wait_for_each_other_with_their_first_fault() -> None:
+    together = {name: _begin_together(shipped(name)) for name in ("two_vcpus_v7", "one", "reboot_v7")}
+    assert together == {"two_vcpus_v7": {0, 1}, "one": set(), "reboot_v7": set()}
 
 
 def test_pages_go_to_swap_in_order_and_the_area_last() -> None:
