@@ -57,6 +57,8 @@ ROLES: Final[Mapping[str, str]] = {
 """Where the zygote finds the main function of each role."""
 TRACE_BYTES: Final = 32 << 20
 """Ring of events of one process: what it records while the check of the run is behind."""
+DESCRIPTORS_PER_PROCESS: Final = 3
+DESCRIPTORS_SPARE: Final = 200
 KIB_PER_PAGE: Final = 4
 FILL_PAGE_NS: Final = 2_000_000
 SWEEP_PAGE_NS: Final = 5_000_000
@@ -96,6 +98,7 @@ def execute(topology: Topology, options: RunOptions, signals: Signals, progress:
     began_ns = time.monotonic_ns()
     traces = resources.check_traces(topology)
     options.moves.check(topology)
+    _raise_descriptor_limit(topology)
     if swept := rundir.sweep():
         progress.say(f"removed what runs that were killed had left: {', '.join(map(str, swept))}")
     needs_disk = any(not (d.directory or d.allow_tmpfs or d.connect) for d in topology.swapd)
@@ -271,6 +274,20 @@ def bounds_for(topology: Topology) -> Bounds:
         setup_ns=plain.setup_ns + filled // KIB_PER_PAGE * FILL_PAGE_NS,
         drain_ns=plain.drain_ns + swept // KIB_PER_PAGE * SWEEP_PAGE_NS,
     )
+
+
+def _raise_descriptor_limit(topology: Topology) -> None:
+    """The launcher reads the event file of every process, the zygote has an eventfd of every vCPU; those it starts inherit the limit."""
+    wanted = DESCRIPTORS_SPARE + DESCRIPTORS_PER_PROCESS * (topology.total_vcpus + len(topology.swapd))
+    try:
+        link.raise_descriptor_limit(wanted)
+    except OSError as error:
+        raise UserError(
+            f"too few file descriptors for {topology.total_vcpus} vCPUs",
+            where="ulimit -n",
+            found=str(error),
+            allowed=f"a hard limit of {wanted} or more (ulimit -Hn), or fewer vCPUs",
+        ) from error
 
 
 def _describe(topology: Topology, made: Resources) -> dict[str, Any]:

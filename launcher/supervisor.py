@@ -322,8 +322,9 @@ class Supervisor:
         outcome = self.outcome
         outcome.outage.sample(now_ns, self._watch.work(), self._watch.host(HostCounter.RESTARTS))
         if outcome.at_stop is None and self._watch.stopped():
-            outcome.at_stop = self._watch.snapshot(now_ns)
+            # Before the copy of all figures, which is the launcher's own and only made now.
             outcome.usage.end(now_ns, self._pids_by_role(), self._watch.exits())
+            outcome.at_stop = self._watch.snapshot(now_ns)
         if outcome.usage.due(now_ns):
             outcome.usage.take(now_ns, self._pids_by_role(), self._watch.exits())
         if self._memory_due_ns and now_ns >= self._memory_due_ns:

@@ -25,7 +25,8 @@ from report.check.checker import Checker
 from report.check.source import FINISHED, SWAP_DAEMON
 from report.check.verdict import Verdict
 
-EVENTS_PER_TURN: Final = 1 << 17
+EVENTS_PER_TURN: Final = 1 << 15
+"""2 MiB: what is in hand at a time, taken and merged."""
 LEAST_PER_FILE: Final = 1 << 6
 EVERYTHING: Final = (1 << 64) - 1
 

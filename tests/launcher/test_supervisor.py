@@ -155,6 +155,15 @@ def test_what_the_machine_cannot_provide_is_refused_without_leftovers(
     assert not out.exists()
 
 
+def test_too_few_descriptors_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "run"
+    monkeypatch.setattr("resource.getrlimit", lambda _: (64, 128))
+    with pytest.raises(UserError, match="too few file descriptors") as caught:
+        run_fake("plain", 1.0, options=with_roles(out))
+    assert "ulimit" in caught.value.where
+    assert not out.exists()
+
+
 def test_a_run_directory_with_something_in_it_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(UserError, match="not empty"):
