@@ -23,8 +23,20 @@ from typing import Any, Final
 import zmq
 
 from launcher import kernel_cache
-from launcher.chaos import ChaosPlan, OutageMeter
-from launcher.lifecycle import Bounds, Effect, End, Fence, Fork, Kill, Lifecycle, Phase, Tell
+from launcher.chaos import Chaos, OutageMeter
+from launcher.lifecycle import (
+    Bounds,
+    Effect,
+    End,
+    Fence,
+    Fork,
+    Kill,
+    KillZygote,
+    Lifecycle,
+    Phase,
+    Signal,
+    Tell,
+)
 from launcher.progress import Progress
 from launcher.resources import Resources
 from launcher.rundir import RunDir
@@ -33,6 +45,7 @@ from launcher.signals import Signals
 from launcher.watch import Watch, private_memory_mib
 from launcher.zygote_link import Exited, Forked, Gone, Ready, Zygote, describe_exit
 from proto import link, wire
+from proto.faults import FOREVER_NS
 from proto.layout import CTL_ABORT
 from proto.pcpu import Pcpu
 from proto.stats import HostCounter
@@ -74,7 +87,6 @@ class Outcome:
     end_ns: int = 0
     started_in_s: float | None = None
     restarts: int = 0
-    kills: int = 0
     bad_messages: int = 0
     memory: dict[str, float] | None = None
     at_start: Snapshot | None = None
@@ -98,13 +110,13 @@ class Supervisor:
         *,
         began_ns: int,
         key: bytes = b"",
-        chaos: ChaosPlan | None = None,
+        chaos: Chaos | None = None,
         bounds: Bounds | None = None,
         save_at_ns: int = 0,
         before: Outcome | None = None,
         signals_seen: int | None = None,
     ) -> None:
-        """began_ns: when the user's wait began, monotonic. chaos: kill daemons, too. save_at_ns: see `Lifecycle`.
+        """began_ns: when the user's wait began, monotonic. chaos: kill and stop processes, too. save_at_ns: see `Lifecycle`.
 
         key: the secret of the run (proto/link.py).
 
@@ -201,9 +213,12 @@ class Supervisor:
         booting = self.outcome.started_in_s is None and self._dealer is not None
         if stop_near or booting or self.outcome.outage.is_down():
             return QUICK_TICK_MS
-        if self._chaos is not None and self._chaos.next_ns:
-            return min(TICK_MS, max(0, -(-(self._chaos.next_ns - now_ns) // MS)))
-        return TICK_MS
+        if self._chaos is None:
+            return TICK_MS
+        tick_ms = QUICK_TICK_MS if self._chaos.watches else TICK_MS
+        if (due_ns := self._chaos.wakes_ns(now_ns)) is not None:
+            tick_ms = min(tick_ms, max(0, -(-(due_ns - now_ns) // MS)))
+        return tick_ms
 
     def _hear_host(self, dealer: zmq.Socket[bytes]) -> None:
         for _ in range(MESSAGES_PER_TURN):
@@ -238,6 +253,7 @@ class Supervisor:
                     if child.role == "host":
                         self._connecting = True
                 case Exited(child, _, status):
+                    self._look_at_faults()
                     if child.role == "swapd":
                         self._daemon_ended(child.number, now_ns)
                     self._perform(self._life.on_exited(child, status, now_ns))
@@ -245,6 +261,7 @@ class Supervisor:
                     self._zygote_gone = True
                     self._poller.unregister(self._zygote.fileno())
                     how = describe_exit(self._zygote.wait(ZYGOTE_STOP_S))
+                    self._look_at_faults()
                     self._perform(self._life.on_zygote_gone(how))
 
     # -- effects ----------------------------------------------------------------------------------------------------------
@@ -267,6 +284,10 @@ class Supervisor:
                         return
                 case Kill(_, pid):
                     self._zygote.kill(pid)
+                case Signal(_, pid, number):
+                    self._zygote.kill(pid, number)
+                case KillZygote():
+                    self._zygote.kill_zygote()
                 case End():
                     self._ended(effect)
 
@@ -313,10 +334,28 @@ class Supervisor:
             self._memory_due_ns = 0
             vcpus = [pid for child, pid in self._life.pids.items() if child.role == "vcpu"]
             outcome.memory = private_memory_mib(vcpus[:: -(-len(vcpus) // USS_SAMPLES_MAX)])
-        if self._chaos is not None and (victim := self._chaos.due(now_ns)) is not None:
-            effects = self._life.on_chaos(victim)
-            outcome.kills += len(effects)
-            self._perform(effects)
+        if self._chaos is not None:
+            self._on_faults(self._chaos, now_ns)
+
+    def _on_faults(self, chaos: Chaos, now_ns: int) -> None:
+        """Kill and stop what the schedule wants now, and let go on what has stood long enough."""
+        for order in chaos.due(now_ns):
+            effects = self._life.on_fault(order.role, order.number, order.signal, chaos.why(order.spec))
+            if effects:
+                chaos.take(order, now_ns)
+                self._perform(effects)
+            else:
+                chaos.missed(order, now_ns)
+        self._look_at_faults()
+        for role, number in chaos.over(now_ns):
+            self._perform(self._life.on_fault(role, number, signal.SIGCONT))
+        chaos.tick()
+
+    def _look_at_faults(self) -> None:
+        """Kills by other hands than this one are ordered, too."""
+        if self._chaos is not None:
+            for spec, number in self._chaos.look():
+                self._life.ordered(spec.role, number, self._chaos.why(spec))
 
     def _barrier_opened(self, now_ns: int) -> None:
         if self.outcome.at_start is None:
@@ -330,8 +369,6 @@ class Supervisor:
             self._run_dir.image.unlink(missing_ok=True)
         if self.outcome.started_in_s is None:
             self.outcome.started_in_s = (now_ns - self._began_ns) / S
-        if self._chaos is not None:
-            self._chaos.begin(now_ns)
         self._progress.phase("running")
 
     def _daemon_ended(self, daemon: int, now_ns: int) -> None:
@@ -355,7 +392,7 @@ class Supervisor:
         if self._life.phase is Phase.RUNNING:
             seconds = (now_ns - self._life.start_ns) / S
             faults = f"{host(HostCounter.NESTED_FAULTS)} faults, {swapped}"
-            chaos = f", {self.outcome.kills} daemons killed" if self._chaos is not None else ""
+            chaos = f", {self._chaos.kills} processes killed" if self._chaos is not None else ""
             self._progress.update(
                 f"{seconds:.1f} of {self._topology.run.seconds:g} s, work {self._watch.work():,}, {faults}{chaos}"
             )
@@ -368,6 +405,7 @@ class Supervisor:
     def tear_down(self) -> None:
         """End every process of the run, whatever state it is in, and release the sockets. Bounded."""
         try:
+            self._wake_stopped()
             if not self.outcome.orderly:
                 self._resources.segments["control"].u64[CTL_ABORT] = 1
             if not self._zygote_gone:
@@ -381,6 +419,16 @@ class Supervisor:
                 self._dealer.close(linger=0)
             if self._context is not None:
                 self._context.term()
+
+    def _wake_stopped(self) -> None:
+        """A process that stands still could not leave by itself."""
+        if self._chaos is None or self._zygote_gone:
+            return
+        self._chaos.look()
+        alive = {(child.role, child.number): pid for child, pid in self._life.pids.items()}
+        for who in self._chaos.over(FOREVER_NS):
+            if (pid := alive.get(who)) is not None:
+                self._zygote.kill(pid, signal.SIGCONT)
 
     def _let_leave(self, timeout_s: float) -> None:
         """Say goodbye and give the processes time to write down what they know."""
