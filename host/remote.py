@@ -106,6 +106,8 @@ class RemoteDaemon:
         self.last_event = 0
         """zmq.EVENT_* of the connection; 0 before the first."""
         self.was_stuck = False
+        self.closed_until_ns = 0
+        """While the connection is closed on purpose; 0: it is not."""
         self._open()
         self.base: int | None = None
         """The daemon's epoch at the first OFFER."""
@@ -115,6 +117,8 @@ class RemoteDaemon:
 
     def send(self, message: Message, pages: Sequence[Any]) -> bool:
         """False when there is no connection, or its queue is full."""
+        if self.closed_until_ns:
+            return False
         if isinstance(message, _TRANSLATED):
             message = message._replace(epoch=message.epoch + (self.base or 0))
         try:
@@ -133,8 +137,20 @@ class RemoteDaemon:
         self._poller.register(self.socket, zmq.POLLIN)
         self._poller.register(self.monitor, zmq.POLLIN)
 
+    def disconnect(self, until_ns: int) -> None:
+        """Close the connection; `revive` makes it again from then on."""
+        if not self.closed_until_ns:
+            self._shut(linger_ms=0)
+        self.closed_until_ns = until_ns
+
     def revive(self, now_ns: int) -> None:
         """Every half second: a new socket for one that has stopped trying, or whose connection leads nowhere."""
+        if self.closed_until_ns:
+            if now_ns >= self.closed_until_ns:
+                self.closed_until_ns = 0
+                self._open()
+                self.last_event, self.was_stuck = 0, False
+            return
         stuck = self.last_event != 0 and not self.last_event & remote.UNDER_WAY
         silent = now_ns - max(self.heard_ns, self.opened_ns) > RENEW_NS
         if silent or (stuck and self.was_stuck):
@@ -152,7 +168,8 @@ class RemoteDaemon:
 
     def close(self) -> None:
         """What was said last still leaves, within the linger time."""
-        self._shut(link.LINGER_MS)
+        if not self.closed_until_ns:
+            self._shut(link.LINGER_MS)
 
 
 class RemoteDaemons:
@@ -188,6 +205,8 @@ class RemoteDaemons:
     def drain(self) -> None:
         """Handle what has come."""
         for daemon in self.daemons.values():
+            if daemon.closed_until_ns:
+                continue
             for event in remote.events_of(daemon.monitor):
                 self._connection(daemon, event)
             for _ in range(DRAIN_MAX):
@@ -196,6 +215,10 @@ class RemoteDaemons:
                 except zmq.Again:
                     break
                 self._receive(daemon, parts)
+
+    def disconnect(self, number: int, until_ns: int) -> None:
+        """Close the connection to a daemon on purpose, for a while."""
+        self.daemons[number].disconnect(until_ns)
 
     def _connection(self, daemon: RemoteDaemon, event: int) -> None:
         daemon.last_event = event

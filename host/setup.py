@@ -21,11 +21,13 @@ from proto.trace import Kind, TraceWriter
 class ShellObserver:
     """Counters in the stats segment, events in the trace file."""
 
-    __slots__ = ("stats", "writer")
+    __slots__ = ("ready", "stats", "writer")
 
     def __init__(self, stats: StatsBlock, writer: TraceWriter) -> None:
         self.stats = stats
         self.writer = writer
+        self.ready: list[tuple[int, int]] | None = None
+        """(vm, vcpu_id) of "page ready"s that were handed over since the shell looked; None: nobody looks."""
 
     def count(self, counter: HostCounter, n: int = 1) -> None:
         """See host.observe.Observer."""
@@ -44,6 +46,8 @@ class ShellObserver:
     ) -> None:
         """See host.observe.Observer."""
         self.writer.event(kind, vcpu, vm, token, a, b, c)
+        if self.ready is not None and kind is Kind.ASYNC_PF_READY:
+            self.ready.append((vm, vcpu))
 
 
 def spare_pages(topology: Topology, vm: int) -> int:

@@ -225,32 +225,55 @@ def cmd_stress(args: argparse.Namespace) -> int:
 
 
 def _add_chaos(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "A run in which things go wrong: the [[fault]] tables of the topology, and those that the options add. Without any of them"
+        " every daemon is killed in turn, each 500ms. The run fails if a fault did not happen, or if anything was lost that should not be."
+        " All faults and keys: docs/topology.md; what each should show: docs/chaos.md."
+    )
     options.add_topology(parser)
     parser.add_argument(
-        "--kill", choices=("swapd",), default="swapd", help="which process dies (default: swapd)"
+        "--kill",
+        type=options.process_name,
+        metavar="WHO",
+        help="kill swapd (every daemon in turn) or swapd-N again and again; vcpu-N, host or zygote once, which ends the run",
     )
     parser.add_argument(
         "--every",
         type=options.duration_ns,
-        default=options.duration_ns("500ms"),
         metavar="TIME",
         dest="every_ns",
         help="time between two kills (default: 500ms)",
     )
     parser.add_argument(
+        "--fault",
+        action="append",
+        default=[],
+        metavar='"KIND KEY=VALUE ..."',
+        dest="faults",
+        help='add a fault: a kind, then keys of [[fault]], as in "stop on=vcpu-1 after=1s for=200ms" or "bit_flip nth=50 times=3"'
+        ' or "kill at=read.done nth=100"; times may be written with units as after, until, every, for, slower; may be repeated',
+    )
+    parser.add_argument(
+        "--random",
+        type=options.positive_count,
+        default=0,
+        metavar="N",
+        help="add N faults of all kinds, drawn from the seed; none of them ends the run",
+    )
+    parser.add_argument(
         "--for",
         type=options.duration_ns,
-        default=options.duration_ns("20s"),
         metavar="TIME",
         dest="for_ns",
-        help="how long (default: 20s)",
+        help="how long (default: as the topology says if it has faults of its own, else 20s); with --seconds: when faults that come"
+        " again and again end",
     )
     options.add_log_inputs(parser)
     options.add_run_options(parser)
 
 
 def cmd_chaos(args: argparse.Namespace) -> int:
-    """`chaos TOPOLOGY`: a run whose daemons are killed again and again."""
+    """`chaos TOPOLOGY`: a run in which things go wrong on purpose."""
     from launcher import commands
 
     return commands.cmd_chaos(args)
@@ -519,7 +542,9 @@ COMMANDS = (
     ),
     Command("trace", "show what a recorded trace holds", _add_trace, cmd_trace),
     Command("stress", "many vCPUs under overcommit, with every page checked", _add_stress, cmd_stress),
-    Command("chaos", "kill processes during a run and check that nothing is lost", _add_chaos, cmd_chaos),
+    Command(
+        "chaos", "let things go wrong during a run and check that nothing is lost", _add_chaos, cmd_chaos
+    ),
     Command(
         "scenario",
         "run scripted protocol cases and compare with what is expected",

@@ -20,9 +20,8 @@ from typing import Any, Final
 
 import setproctitle
 
+from launcher import chaos_command, reuse, rundir, stress
 from launcher import record as recorder
-from launcher import reuse, rundir, stress
-from launcher.chaos import ChaosPlan
 from launcher.execute import RunOptions, RunResult, execute
 from launcher.progress import Progress
 from launcher.restart import Moves
@@ -73,18 +72,34 @@ def cmd_stress(args: argparse.Namespace) -> int:
         seconds=args.seconds,
         seed=args.seed,
         reshape=lambda raw: stress.reshape(raw, size, kills),
+        faults=chaos_command.tables_of("swapd", args.every_ns, [], by_default=False) if args.chaos else (),
     )
     stress.check_machine(size)
-    chaos = stress.chaos(args.every_ns, topology.run.seconds, len(topology.swapd)) if args.chaos else None
-    return _run_and_show(topology, _options(args, chaos), args, must_check_reads=True)
+    return _run_and_show(topology, _options(args), args, must_check_reads=True)
 
 
 def cmd_chaos(args: argparse.Namespace) -> int:
-    """A run whose daemons are killed again and again; a checked task is added if there is none."""
-    seconds = args.seconds if args.seconds is not None else args.for_ns / 1e9
-    topology = with_stamp(_load(args, mode=None, seconds=seconds))
-    chaos = ChaosPlan(args.every_ns, args.for_ns, len(topology.swapd))
-    return _run_and_show(topology, _options(args, chaos), args, must_check_reads=True)
+    """A run with faults: those of the topology, and those of the options; a checked task is added if there is none."""
+    own = bool(_load(args, mode=None).fault)
+    tables = chaos_command.tables_of(
+        args.kill, args.every_ns, args.faults, by_default=not own and not args.random
+    )
+    seconds = args.seconds
+    if seconds is None and (args.for_ns is not None or not own):
+        seconds = args.for_ns / 1e9 if args.for_ns is not None else chaos_command.SECONDS
+    if args.random:
+        plain = _load(args, mode=None, seconds=seconds)
+        tables += chaos_command.drawn(plain, args.random, plain.run.seed)
+    if args.for_ns is not None and args.seconds is not None:
+        tables = [(option, {**table, **_until(table, args)}) for option, table in tables]
+    topology = with_stamp(_load(args, mode=None, seconds=seconds, faults=tables))
+    return _run_and_show(topology, _options(args), args, must_check_reads=True)
+
+
+def _until(table: Mapping[str, Any], args: argparse.Namespace) -> dict[str, float]:
+    """Faults that come again and again end after --for, where the run is longer."""
+    again = {"every_ms", "rate_per_s"} & table.keys() and "until" not in table
+    return {"until": min(args.for_ns / 1e9, args.seconds)} if again else {}
 
 
 def cmd_compare(args: argparse.Namespace) -> int:
@@ -194,17 +209,23 @@ def trace_figures(report: reuse.TraceReport) -> dict[str, Any]:
     }
 
 
-def _options(args: argparse.Namespace, chaos: ChaosPlan | None = None) -> RunOptions:
+def _options(args: argparse.Namespace) -> RunOptions:
     if args.log_inputs and args.out is None:
         raise UserError(
             "the input log lies in the run directory, and without a name that one is removed",
             where="--log-inputs",
             allowed="together with --out DIR",
         )
-    return RunOptions(out=args.out, log_inputs=args.log_inputs, chaos=chaos)
+    return RunOptions(out=args.out, log_inputs=args.log_inputs)
 
 
-def _load(args: argparse.Namespace, *, mode: str | None, seconds: float | None = None) -> Topology:
+def _load(
+    args: argparse.Namespace,
+    *,
+    mode: str | None,
+    seconds: float | None = None,
+    faults: chaos_command.Tables | None = None,
+) -> Topology:
     return load(
         find_topology(args.topology),
         args.changes,
@@ -212,6 +233,7 @@ def _load(args: argparse.Namespace, *, mode: str | None, seconds: float | None =
         profile=args.profile,
         seconds=args.seconds if seconds is None else seconds,
         seed=args.seed,
+        faults=faults or (),
     )
 
 

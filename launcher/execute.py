@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from launcher import resources, restart, rundir, runfile
 from launcher.blame import Story, stories
-from launcher.chaos import ChaosPlan
+from launcher.chaos import Chaos, process_faults
 from launcher.lifecycle import SAVED, Bounds
 from launcher.online import RunCheck
 from launcher.progress import Progress
@@ -41,9 +41,12 @@ from launcher.watch import Watch
 from launcher.zygote_link import Zygote
 from proto import inputlog, link
 from proto.errors import UserError
+from proto.faults import FaultMachine
 from proto.image import ImageReader
+from proto.run import PROC_LAUNCHER
 from proto.topology import Topology
-from proto.trace import events_folder
+from proto.topology_faults import schedule
+from proto.trace import SUFFIX, TraceWriter, events_folder
 from proto.tracefile import TraceInfo
 from report import growth
 from report import summary as summaries
@@ -73,7 +76,6 @@ class RunOptions:
 
     out: Path | None = None
     log_inputs: bool = False
-    chaos: ChaosPlan | None = None
     roles: Mapping[str, str] = field(default_factory=lambda: ROLES)
     bounds: Bounds | None = None
     """None: as the topology needs (`bounds_for`)."""
@@ -148,6 +150,8 @@ class _Run:
         self.warnings: list[str] = []
         self.end = Snapshot(0, np.zeros(0, np.uint64), np.zeros(0, np.uint64))
         self.kernels: list[npt.NDArray[np.uint64]] = []
+        self.faults = FaultMachine((), [])
+        """The schedule as it was left."""
         self._traces = traces
         self._signals = signals
         self._signals_seen = signals.count
@@ -168,7 +172,7 @@ class _Run:
 
     def _one_set(self, number: int, image: Path | None, save_at_ns: int) -> None:
         topology, options, run_dir = self.topology, self.options, self.run_dir
-        made = supervisor = None
+        made = supervisor = chaos = None
         # It imports and compiles while the memory is being prepared.
         zygote = Zygote(run_dir.log("zygote-0"), run_dir.cleanup)
         try:
@@ -179,6 +183,7 @@ class _Run:
             self._begin(number, made)
             self.events = events_folder(number)
             key = link.new_key()
+            chaos = self._chaos(made)
             supervisor = Supervisor(
                 topology,
                 zygote,
@@ -188,7 +193,7 @@ class _Run:
                 self._progress,
                 began_ns=self._began_ns,
                 key=key,
-                chaos=options.chaos,
+                chaos=chaos,
                 bounds=options.bounds or bounds_for(topology),
                 save_at_ns=save_at_ns,
                 before=self.outcome if image is not None else None,
@@ -216,8 +221,23 @@ class _Run:
             if supervisor is None:
                 zygote.stop(ZYGOTE_STOP_S)
             zygote.close()
+            if chaos is not None:
+                chaos.close()
             if made is not None:
                 made.close()
+
+    def _chaos(self, made: Resources) -> Chaos | None:
+        """The schedule of faults; such a run is one set of processes."""
+        if (segment := made.segments.get("faults")) is None:
+            return None
+        topology = self.topology
+        run = topology.run
+        specs = schedule(topology.fault, len(topology.swapd), run.seconds, run.seed)
+        writer = None
+        if process_faults(specs):
+            path = self.run_dir.path / events_folder(1) / f"launcher{SUFFIX}"
+            writer = TraceWriter(path, PROC_LAUNCHER, self.options.trace_bytes)
+        return Chaos(topology, FaultMachine(specs, segment.u64.data), writer)
 
     def _begin(self, number: int, made: Resources) -> None:
         """A set has what it needs; its processes come next."""
@@ -252,6 +272,15 @@ class _Run:
 
     def _take_figures(self, made: Resources) -> None:
         self.end = Watch(made.segments).snapshot(self.outcome.end_ns)
+        if "faults" in made.segments:
+            # A copy: the segment goes.
+            specs = schedule(
+                self.topology.fault,
+                len(self.topology.swapd),
+                self.topology.run.seconds,
+                self.topology.run.seed,
+            )
+            self.faults = FaultMachine(specs, made.segments["faults"].u64.tolist())
         self.kernels = [made.segments[f"kernel-{v}"].u64.copy() for v in range(len(self.topology.vm))]
         self.carried.take(made.segments)
         self.warnings += [warning for warning in made.warnings if warning not in self.warnings]
@@ -351,7 +380,7 @@ def _write_down(run: _Run, checked: dict[str, Any]) -> RunResult:
         usable_cores=usable_cores(),
         pcpus=topology.pcpus(usable_cores()),
         memory=outcome.memory,
-        chaos=_chaos_facts(run.options.chaos, outcome),
+        faults=run.faults,
         outage=outcome.outage.summary(),
         growth=growth.table(outcome.usage.samples, topology.total_vcpus),
         check=checked,
@@ -369,12 +398,6 @@ def _write_down(run: _Run, checked: dict[str, Any]) -> RunResult:
     write_json(run_dir.path / "summary.json", summary)
     write_json(run_dir.path / "run.json", record)
     return RunResult(summary, outcome.details, told, None if run_dir.temporary else run_dir.path)
-
-
-def _chaos_facts(chaos: ChaosPlan | None, outcome: Outcome) -> dict[str, Any] | None:
-    if chaos is None:
-        return None
-    return {"kills": outcome.kills, "every_ms": chaos.every_ns / 1e6, "for_s": chaos.for_ns / 1e9}
 
 
 def _log_warnings(run_dir: RunDir) -> list[str]:

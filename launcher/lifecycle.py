@@ -15,6 +15,7 @@ Deliberately not here: clocks (every call is told the time), processes, sockets,
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -74,6 +75,18 @@ class Kill(NamedTuple):
     pid: int
 
 
+class Signal(NamedTuple):
+    """Effect: send this process a signal that it survives."""
+
+    child: Child
+    pid: int
+    number: int
+
+
+class KillZygote(NamedTuple):
+    """Effect: SIGKILL the zygote, and with it everybody."""
+
+
 class End(NamedTuple):
     """Effect, the last one: the run is over. ``orderly``: the processes will leave by themselves when told."""
 
@@ -83,7 +96,7 @@ class End(NamedTuple):
     """Name of the process whose log tells more (vcpu-3), if there is one."""
 
 
-Effect = Fork | Tell | Fence | Kill | End
+Effect = Fork | Tell | Fence | Kill | Signal | KillZygote | End
 
 
 class Phase(Enum):
@@ -105,7 +118,7 @@ class RestartBudget:
     """How often one daemon may be started again.
 
     limit: restarts in all. A death within STABLE_NS of its start counts as a start that did not work, unless it was ordered
-    (chaos): QUICK_DEATHS_MAX of them in a row use the budget up.
+    (a scheduled fault): QUICK_DEATHS_MAX of them in a row use the budget up.
     """
 
     limit: int
@@ -132,7 +145,7 @@ class _Daemon:
     """0 while no process of the current epoch is known."""
     started_ns: int = 0
     ordered: bool = False
-    """Its death was ordered by chaos."""
+    """Its death was ordered by the schedule of faults."""
     unwanted: bool = False
     """The host wants it replaced; its process id is not known yet."""
 
@@ -156,6 +169,8 @@ class Lifecycle:
     _daemons: list[_Daemon] = field(default_factory=list)
     _pids: dict[Child, int] = field(default_factory=dict)
     _signals: int = 0
+    _ordered: dict[str, str] = field(default_factory=dict)
+    """Why processes were killed on purpose, by name."""
 
     @property
     def restarts(self) -> int:
@@ -218,7 +233,9 @@ class Lifecycle:
             return []
         if child.role != "swapd":
             # Nobody leaves before being told to, not even with exit code 0.
-            return self._end(f"failed:{child.name} {describe_status(status)}", culprit=child.name)
+            return self._end(
+                f"failed:{child.name} {self.how(child.name, describe_status(status))}", culprit=child.name
+            )
         return self._daemon_died(child, status, now_ns)
 
     def on_zygote_gone(self, how: str) -> list[Effect]:
@@ -226,7 +243,7 @@ class Lifecycle:
         if self.phase is Phase.OVER:
             return []
         self._pids.clear()
-        return self._end(f"failed:zygote-0 {how}", culprit="zygote-0")
+        return self._end(f"failed:zygote-0 {self.how('zygote-0', how)}", culprit="zygote-0")
 
     def on_signal(self, now_ns: int) -> list[Effect]:
         """Ctrl-C or SIGTERM: the first ends the run in order, the second at once."""
@@ -264,13 +281,35 @@ class Lifecycle:
         """When everything is to be saved, monotonic; 0: never, or not known yet."""
         return self.start_ns + self.save_at_ns if self.save_at_ns and self.start_ns else 0
 
-    def on_chaos(self, daemon: int) -> list[Effect]:
-        """Chaos wants this daemon dead; nothing happens if it is dead already."""
-        state = self._daemons[daemon]
-        if self.phase is not Phase.RUNNING or not state.pid:
+    def on_fault(self, role: str, number: int, what: int, why: str = "") -> list[Effect]:
+        """The schedule has this process signalled (``what``: SIGKILL, SIGSTOP, SIGCONT); nothing, if it is not there.
+
+        why: of a kill, to be told if it ends the run.
+        """
+        if self.phase is not Phase.RUNNING:
             return []
-        state.ordered = True
-        return [Kill(Child("swapd", daemon, state.epoch), state.pid)]
+        if role == "zygote":
+            self.ordered(role, number, why)
+            return [KillZygote()]
+        epoch = self._daemons[number].epoch if role == "swapd" else 0
+        child = Child(role, number, epoch)
+        if (pid := self._pids.get(child)) is None:
+            return []
+        if what != signal.SIGKILL:
+            return [Signal(child, pid, what)]
+        self.ordered(role, number, why)
+        return [Kill(child, pid)]
+
+    def ordered(self, role: str, number: int, why: str) -> None:
+        """The next end of this process is what the schedule wanted."""
+        if role == "swapd":
+            self._daemons[number].ordered = True
+        self._ordered[f"{role}-{number}"] = why
+
+    def how(self, name: str, how: str) -> str:
+        """How a process ended, and who wanted it if that is known."""
+        why = self._ordered.get(name)
+        return f"{how} ({why})" if why else how
 
     def fail(self, reason: str, culprit: str = "") -> list[Effect]:
         """An effect could not be performed."""

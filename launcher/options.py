@@ -16,11 +16,12 @@ from pathlib import Path
 MODES = ("sync", "halt", "exception", "interrupt")
 PROFILES = ("v3", "v7", "mainline")
 SIM_FAULTS = (
-    "kill", "stall", "read_error", "write_error", "short_read", "bit_flip", "bad_block", "drop", "duplicate", "delay",
+    "kill", "stop", "read_error", "write_error", "short_read", "bit_flip", "bad_block", "drop", "duplicate", "delay",
     "restart",
 )  # fmt: skip
 """As sim/plan.py has them; a test compares."""
 _UNIT_NS = {"us": 1_000, "ms": 1_000_000, "s": 1_000_000_000, "m": 60 * 1_000_000_000}
+_PROCESS = re.compile(r"swapd(-\d{1,4})?|vcpu-\d{1,4}|host|zygote")
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(us|ms|s|m)")
 
 
@@ -88,6 +89,15 @@ def fault_list(text: str) -> tuple[str, ...]:
             f"{text!r} (allowed: none, or different ones of {', '.join(SIM_FAULTS)})"
         )
     return kinds
+
+
+def process_name(text: str) -> str:
+    """A process of a run that may be killed; whether there is such a one the topology tells."""
+    if _PROCESS.fullmatch(text) is None:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is nobody (allowed: swapd, swapd-N, vcpu-N, host, zygote)"
+        )
+    return text
 
 
 def add_topology(parser: argparse.ArgumentParser, *, default: str | None = None) -> None:

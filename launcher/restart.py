@@ -65,15 +65,8 @@ class Moves:
         """Raises UserError for what the run cannot do."""
         end_ns = int(topology.run.seconds * S)
         begin_ns = 0
-        if (self.times_ns or self.restore is not None) and topology.event:
-            # A fresh host would not know what of the schedule has been done, and a CPU that is offline never comes to a save point.
-            raise UserError(
-                "a run with scheduled events cannot be saved or restored",
-                where=topology.file,
-                key="event",
-                found=len(topology.event),
-                allowed="a topology without [[event]]",
-            )
+        if self.times_ns or self.restore is not None:
+            _check_schedules(topology)
         if self.restore is not None:
             with ImageReader(self.restore) as image:
                 begin_ns = check_identity(image, topology)
@@ -103,6 +96,19 @@ class Moves:
                 where="--image",
                 found=str(self.image),
                 allowed="a file that does not exist, in a folder that does",
+            )
+
+
+def _check_schedules(topology: Topology) -> None:
+    """A fresh host would not know what of a schedule has been done, and a CPU that is offline never comes to a save point."""
+    for key, what, planned in (("event", "events", topology.event), ("fault", "faults", topology.fault)):
+        if planned:
+            raise UserError(
+                f"a run with scheduled {what} cannot be saved or restored",
+                where=topology.file,
+                key=key,
+                found=len(planned),
+                allowed=f"a topology without [[{key}]]",
             )
 
 

@@ -16,7 +16,6 @@ import math
 from dataclasses import dataclass
 from typing import Any, Final
 
-from launcher.chaos import ChaosPlan
 from proto import segments
 from proto.errors import UserError
 from proto.layout import ALLOC_FIRST_GFN
@@ -123,8 +122,3 @@ def reshape(raw: dict[str, Any], size: Size, kills: int = 0) -> dict[str, Any]:
         for daemon in changed["swapd"]:
             daemon["restart_limit"] = kills + RESTARTS_SPARE
     return changed
-
-
-def chaos(every_ns: int, seconds: float, daemons: int) -> ChaosPlan:
-    """Kill a daemon every so often, for the whole measured time."""
-    return ChaosPlan(every_ns, int(seconds * 1e9), daemons)

@@ -24,8 +24,20 @@ import zmq
 
 from launcher import kernel_cache
 from launcher.blame import Blamed, Deaths
-from launcher.chaos import ChaosPlan, OutageMeter
-from launcher.lifecycle import Bounds, Effect, End, Fence, Fork, Kill, Lifecycle, Phase, Tell
+from launcher.chaos import Chaos, OutageMeter
+from launcher.lifecycle import (
+    Bounds,
+    Effect,
+    End,
+    Fence,
+    Fork,
+    Kill,
+    KillZygote,
+    Lifecycle,
+    Phase,
+    Signal,
+    Tell,
+)
 from launcher.live import Live
 from launcher.progress import Progress
 from launcher.resources import Resources
@@ -36,6 +48,7 @@ from launcher.usage import Sampler
 from launcher.watch import Watch, private_memory_mib
 from launcher.zygote_link import Child, Exited, Forked, Gone, Ready, Zygote, describe_exit, describe_status
 from proto import link, wire
+from proto.faults import FOREVER_NS
 from proto.layout import CTL_ABORT
 from proto.pcpu import Pcpu
 from proto.stats import HostCounter
@@ -80,7 +93,6 @@ class Outcome:
     end_ns: int = 0
     started_in_s: float | None = None
     restarts: int = 0
-    kills: int = 0
     bad_messages: int = 0
     memory: dict[str, float] | None = None
     usage: Sampler = field(default_factory=Sampler)
@@ -105,13 +117,13 @@ class Supervisor:
         *,
         began_ns: int,
         key: bytes = b"",
-        chaos: ChaosPlan | None = None,
+        chaos: Chaos | None = None,
         bounds: Bounds | None = None,
         save_at_ns: int = 0,
         before: Outcome | None = None,
         signals_seen: int | None = None,
     ) -> None:
-        """began_ns: when the user's wait began, monotonic. chaos: kill daemons, too. save_at_ns: see `Lifecycle`.
+        """began_ns: when the user's wait began, monotonic. chaos: kill and stop processes, too. save_at_ns: see `Lifecycle`.
 
         key: the secret of the run (proto/link.py).
 
@@ -210,9 +222,12 @@ class Supervisor:
         booting = self.outcome.started_in_s is None and self._dealer is not None
         if stop_near or booting or self.outcome.outage.is_down():
             return QUICK_TICK_MS
-        if self._chaos is not None and self._chaos.next_ns:
-            return min(TICK_MS, max(0, -(-(self._chaos.next_ns - now_ns) // MS)))
-        return TICK_MS
+        if self._chaos is None:
+            return TICK_MS
+        tick_ms = QUICK_TICK_MS if self._chaos.watches else TICK_MS
+        if (due_ns := self._chaos.wakes_ns(now_ns)) is not None:
+            tick_ms = min(tick_ms, max(0, -(-(due_ns - now_ns) // MS)))
+        return tick_ms
 
     def _hear_host(self, dealer: zmq.Socket[bytes]) -> None:
         for _ in range(MESSAGES_PER_TURN):
@@ -247,7 +262,9 @@ class Supervisor:
                     if child.role == "host":
                         self._connecting = True
                 case Exited(child, pid, status):
-                    self._deaths.note(Blamed(child, describe_status(status), now_ns, pid))
+                    self._look_at_faults()
+                    how = self._life.how(child.name, describe_status(status))
+                    self._deaths.note(Blamed(child, how, now_ns, pid))
                     if child.role == "swapd":
                         self._daemon_ended(child.number, now_ns)
                     self._perform(self._life.on_exited(child, status, now_ns))
@@ -255,7 +272,9 @@ class Supervisor:
                     self._zygote_gone = True
                     self._poller.unregister(self._zygote.fileno())
                     how = describe_exit(self._zygote.wait(ZYGOTE_STOP_S))
-                    self._deaths.note(Blamed(Child("zygote", 0, 0), how, now_ns, self._zygote.pid))
+                    self._look_at_faults()
+                    told = self._life.how("zygote-0", how)
+                    self._deaths.note(Blamed(Child("zygote", 0, 0), told, now_ns, self._zygote.pid))
                     self._perform(self._life.on_zygote_gone(how))
 
     # -- effects ----------------------------------------------------------------------------------------------------------
@@ -278,6 +297,10 @@ class Supervisor:
                         return
                 case Kill(_, pid):
                     self._zygote.kill(pid)
+                case Signal(_, pid, number):
+                    self._zygote.kill(pid, number)
+                case KillZygote():
+                    self._zygote.kill_zygote()
                 case End():
                     self._ended(effect)
 
@@ -331,10 +354,28 @@ class Supervisor:
             self._memory_due_ns = 0
             vcpus = [pid for child, pid in self._life.pids.items() if child.role == "vcpu"]
             outcome.memory = private_memory_mib(vcpus[:: -(-len(vcpus) // USS_SAMPLES_MAX)])
-        if self._chaos is not None and (victim := self._chaos.due(now_ns)) is not None:
-            effects = self._life.on_chaos(victim)
-            outcome.kills += len(effects)
-            self._perform(effects)
+        if self._chaos is not None:
+            self._on_faults(self._chaos, now_ns)
+
+    def _on_faults(self, chaos: Chaos, now_ns: int) -> None:
+        """Kill and stop what the schedule wants now, and let go on what has stood long enough."""
+        for order in chaos.due(now_ns):
+            effects = self._life.on_fault(order.role, order.number, order.signal, chaos.why(order.spec))
+            if effects:
+                chaos.take(order, now_ns)
+                self._perform(effects)
+            else:
+                chaos.missed(order, now_ns)
+        self._look_at_faults()
+        for role, number in chaos.over(now_ns):
+            self._perform(self._life.on_fault(role, number, signal.SIGCONT))
+        chaos.tick()
+
+    def _look_at_faults(self) -> None:
+        """Kills by other hands than this one are ordered, too."""
+        if self._chaos is not None:
+            for spec, number in self._chaos.look():
+                self._life.ordered(spec.role, number, self._chaos.why(spec))
 
     def _pids_by_role(self) -> dict[str, list[int]]:
         """Process ids of this run, the launcher's and the zygote's too."""
@@ -355,8 +396,6 @@ class Supervisor:
             self._run_dir.image.unlink(missing_ok=True)
         if self.outcome.started_in_s is None:
             self.outcome.started_in_s = (now_ns - self._began_ns) / S
-        if self._chaos is not None:
-            self._chaos.begin(now_ns)
         self.outcome.usage.begin(now_ns, self._topology.run.seconds)
         self._live.begin(now_ns)
         self._progress.phase("running")
@@ -385,7 +424,7 @@ class Supervisor:
                 done, tasks = self._watch.tasks_done()
                 elapsed = f"stopped, {done} of {tasks} tasks are done"
             restarts = self._restarts_before + self._life.restarts
-            kills = self.outcome.kills if self._chaos is not None else None
+            kills = self._chaos.kills if self._chaos is not None else None
             self._progress.update(self._live.line(now_ns, elapsed, restarts, kills))
         elif self._life.phase is Phase.STARTING:
             self._progress.update(self._starting)
@@ -397,6 +436,7 @@ class Supervisor:
     def tear_down(self) -> None:
         """End every process of the run, whatever state it is in, and release the sockets. Bounded."""
         try:
+            self._wake_stopped()
             if not self.outcome.orderly:
                 self._hear_who_else_died()
                 self._resources.segments["control"].u64[CTL_ABORT] = 1
@@ -423,6 +463,16 @@ class Supervisor:
                 self._hear_zygote()
         self.outcome.blamed = list(self._deaths.died)
         self.outcome.ended = self._deaths.text()
+
+    def _wake_stopped(self) -> None:
+        """A process that stands still could not leave by itself."""
+        if self._chaos is None or self._zygote_gone:
+            return
+        self._chaos.look()
+        alive = {(child.role, child.number): pid for child, pid in self._life.pids.items()}
+        for who in self._chaos.over(FOREVER_NS):
+            if (pid := alive.get(who)) is not None:
+                self._zygote.kill(pid, signal.SIGCONT)
 
     def _let_leave(self, timeout_s: float) -> None:
         """Say goodbye and give the processes time to write down what they know."""

@@ -67,6 +67,8 @@ EXIT_ORPHANED: Final = 75
 """The launcher was gone (EX_TEMPFAIL)."""
 SWAPD_SEES: Final[Mapping[str, frozenset[str]]] = {"ipc": frozenset({"frames"}), "tcp": frozenset()}
 """Segments a daemon may map, by its transport: behind tcp it could be on another machine, so it maps nothing."""
+FAULTS: Final = frozenset({"faults"})
+"""There only where faults are scheduled: how often each has happened must outlive whom it happens to."""
 
 RoleMain = Callable[..., None]
 
@@ -230,7 +232,7 @@ class _Zygote:
             self._send(FORKED, forked)
         elif kind == KILL:
             if rest[0] in self._children:
-                os.kill(rest[0], signal.SIGKILL)
+                os.kill(rest[0], rest[1])
         else:
             assert kind == END, kind
             return False
@@ -375,7 +377,7 @@ def restrict(context: RunContext, child: Child) -> RunContext:
         return dataclasses.replace(
             context, swap_files=[dataclasses.replace(file, fd=-1) for file in context.swap_files]
         )
-    sees = SWAPD_SEES[context.topology.swapd[child.number].transport]
+    sees = SWAPD_SEES[context.topology.swapd[child.number].transport] | FAULTS
     for name, segment in context.segments.items():
         if name not in sees:
             segments.unmap(segment)

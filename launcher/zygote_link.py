@@ -159,9 +159,13 @@ class Zygote:
         """Ask for processes, in order."""
         self._send(FORK, [list(child) for child in children])
 
-    def kill(self, pid: int) -> None:
-        """Ask for SIGKILL to a process of this zygote; nothing happens if it has ended."""
-        self._send(KILL, pid)
+    def kill(self, pid: int, number: int = signal.SIGKILL) -> None:
+        """Ask for a signal to a process of this zygote; nothing happens if it has ended."""
+        self._send(KILL, pid, int(number))
+
+    def kill_zygote(self) -> None:
+        """SIGKILL to the zygote itself, which ends all others."""
+        self._process.kill()
 
     def wait_report(self, timeout_s: float) -> bool:
         """Wait until `receive` has something; False if the time passed first."""

@@ -141,6 +141,9 @@ class Kind(IntEnum):
     STOP = 132
     PROCESS_START = 133
     PROCESS_END = 134
+    FAULT = 150
+    """A fault of the schedule happens. fault: its number; kind, target: `proto.faults.KINDS`, `target_code`; token: for which time;
+    cause: the request that it happens to, 0 none."""
 
 
 FIELDS: Final[dict[Kind, tuple[str, ...]]] = {
@@ -218,6 +221,7 @@ FIELDS: Final[dict[Kind, tuple[str, ...]]] = {
     Kind.STOP: ("why",),
     Kind.PROCESS_START: ("pid",),
     Kind.PROCESS_END: ("code",),
+    Kind.FAULT: ("fault", "kind", "target"),
 }
 """What a, b, c hold, in this order; fields that are not named are 0."""
 

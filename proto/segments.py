@@ -27,6 +27,7 @@ import numpy.typing as npt
 
 from proto import pcpu, stats
 from proto.errors import UserError
+from proto.faults import words_needed
 from proto.layout import kernel_words, npt_tables
 from proto.topology import Topology
 from proto.units import PAGE_SIZE
@@ -144,6 +145,8 @@ def plan(
         "pcpu": pcpu.pcpu_words(cpus) * 8,
         "stats": stats.stats_words(cpus, len(topology.swapd)) * 8,
     }
+    if topology.fault:
+        sizes["faults"] = words_needed(len(topology.fault), len(topology.swapd)) * 8
     for v, vm in enumerate(vms):
         sizes[f"npt-{v}"] = npt_tables(vm.memory_mib * MIB // PAGE_SIZE) * PAGE_SIZE
         sizes[f"kernel-{v}"] = kernel_words(tasks_per_vm[v], vm.vcpus) * 8

@@ -29,12 +29,14 @@ from proto.layout import ALLOC_FIRST_GFN
 from proto.overrides import override
 from proto.schema import Source, build, optional_tables, refuse, table, tables, to_plain
 from proto.topology_events import check_events
+from proto.topology_faults import check_faults
 from proto.topology_keys import (
     ALLOWANCE_SPARE_PAGES,
     PAIRS,
     PCPUS_AUTO_MAX,
     SWAP_PER_GUEST,
     Event,
+    Fault,
     Host,
     Run,
     Swapd,
@@ -48,6 +50,7 @@ from proto.units import ASYNC_PF_PER_VCPU, MAX_VCPUS, PAGE_SIZE
 __all__ = [
     "PAIRS",
     "Event",
+    "Fault",
     "Host",
     "Run",
     "Swapd",
@@ -77,6 +80,7 @@ class Topology:
     vm: tuple[Vm, ...] = tables(Vm, "Guests.")
     swapd: tuple[Swapd, ...] = tables(Swapd, "Swap daemons.")
     event: tuple[Event, ...] = optional_tables(Event, "What happens to guests while they run.")
+    fault: tuple[Fault, ...] = optional_tables(Fault, "What goes wrong on purpose.")
     file: str = ""
 
     @property
@@ -145,11 +149,13 @@ def load(
     seed: int | None = None,
     *,
     reshape: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    faults: Sequence[tuple[str, dict[str, Any]]] = (),
     check_files: bool = True,
 ) -> Topology:
     """The topology in the file, changed by `reshape` (of its tables), `overrides` ("vm.vcpus=8") and then the named options.
 
-    `check_files=False` skips the question whether traces and swap directories exist. Raises UserError.
+    faults: more ``[[fault]]`` tables, each with the option that it is from. `check_files=False` skips the question whether traces and
+    swap directories exist. Raises UserError.
     """
     raw = _read(Path(path))
     build(Topology, raw, Source(str(path)))
@@ -161,6 +167,10 @@ def load(
         if value is not None:
             changed.setdefault("run", {})[name] = value
             options[f"run.{name}"] = f"--{name} {value}"
+    for option, added in faults:
+        there = changed.setdefault("fault", [])
+        options |= {f"fault[{len(there)}].{name}": option for name in added}
+        there.append(added)
     return _complete(changed, Source(str(path), options), str(path), check_files=check_files)
 
 
@@ -205,6 +215,7 @@ def _complete(raw: dict[str, Any], source: Source, file: str, *, check_files: bo
     _check_host(topology, source)
     check_events(topology.run, topology.vm, topology.event, [pages_needed(vm) for vm in topology.vm], source)
     check_remote(topology.swapd, source)
+    check_faults(topology.run, topology.fault, topology.swapd, topology.total_vcpus, source)
     if check_files:
         _check_files(topology, source)
     return topology

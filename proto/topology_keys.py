@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from proto.faults import DEVICE_KINDS, KINDS, STEPS
 from proto.schema import key, tables
 from proto.units import MAX_VCPUS
 
@@ -246,6 +247,55 @@ class Event:
     )
     pages: int = key(
         1, "How many pages.", unit="pages", low=1, high=MIB_MAX * 256, only=_only("do", *SLOT_EVENTS)
+    )
+
+
+FAULT_TIMES_MAX = 100_000
+"""How often one fault may happen: once a second for a day."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Something that goes wrong on purpose."""
+
+    do: str = key("", "What goes wrong; required.", choices=KINDS)
+    on: str = key(
+        "swapd",
+        "Whom it happens to: one process, or `swapd`, which is every daemon of the run in turn.",
+        pattern=r"swapd(-[0-9]{1,4})?|vcpu-[0-9]{1,4}|host|zygote",
+    )
+    at: str = key("", "A protocol step that it waits for.", choices=("", *STEPS))
+    nth: int = key(
+        0,
+        "It happens at every so many occasions: of the step `at`, which is 1 if left out; without `at` those that the fault can"
+        " happen to (reads, writes, both, messages).",
+        low=0,
+        high=1 << 40,
+    )
+    times: int = key(1, "With `at` or `nth`: how often, one after the other.", low=1, high=FAULT_TIMES_MAX)
+    every_ms: float = key(0.0, "Again and again, after so long.", unit="ms", low=0, high=86_400_000)
+    rate_per_s: float = key(
+        0.0, "At random, so often on average; the seed decides when.", unit="1/s", low=0, high=10_000
+    )
+    after: float = key(
+        0.0, "From then on, counted from the start barrier; alone: once, then.", unit="s", low=0, high=86_400
+    )
+    until: float = key(0.0, "Until then; 0: to the end of the run.", unit="s", low=0, high=86_400)
+    for_ms: float = key(
+        0.0,
+        "How long it lasts: a stop, an outage, the delay of a message. Failing reads and writes: all of them for so long, 0: one.",
+        unit="ms",
+        low=0,
+        high=86_400_000,
+        only=_only("do", "stop", *(k for k in DEVICE_KINDS if k != "bad_block"), "delay", "disconnect"),
+    )
+    slower_ms: float = key(
+        10.0,
+        "Time that each read and write takes longer.",
+        unit="ms",
+        low=0.001,
+        high=60_000,
+        only=_only("do", "slow"),
     )
 
 

@@ -9,8 +9,9 @@ Not handled here: writing the file, which is `python -m proto.topology > docs/to
 
 from __future__ import annotations
 
+from proto.faults import STEPS
 from proto.schema import markdown_table
-from proto.topology_keys import ALLOWANCE_SPARE_PAGES, PAIRS, Event, Host, Run, Swapd, Task, Vm
+from proto.topology_keys import ALLOWANCE_SPARE_PAGES, PAIRS, Event, Fault, Host, Run, Swapd, Task, Vm
 from proto.units import ASYNC_PF_PER_VCPU
 
 _PAGE_HEAD = """\
@@ -75,6 +76,7 @@ def reference_page() -> str:
         ("`[[vm.task]]`, one or more in each guest", Task, _TASK_NOTE),
         ("`[[swapd]]`, one for each swap daemon", Swapd, _SWAPD_NOTE),
         ("`[[event]]`, what happens while the guests run", Event, _EVENT_NOTE),
+        ("`[[fault]]`, what goes wrong on purpose", Fault, _fault_note()),
     ):
         parts.append(f"\n## {title}\n\n{markdown_table(cls)}{note}")
     return "".join(parts)
@@ -85,6 +87,11 @@ def _host_note() -> str:
         f"\n`allowance_mib` must also give each vCPU {ASYNC_PF_PER_VCPU} pages to read into, and"
         f" {ALLOWANCE_SPARE_PAGES} pages beside them.\n"
     )
+
+
+def _fault_note() -> str:
+    steps = "".join(f"| `{name}` | {step.seen_by} | {step.meaning} |\n" for name, step in STEPS.items())
+    return f"{_FAULT_NOTE}{steps}"
 
 
 _VM_NOTE = """
@@ -118,4 +125,32 @@ counted, but it checks and fills its memory anew, and a fixed amount of work (`o
 
 The first vCPU never goes offline: it carries out what concerns the whole guest. A run with events cannot be saved, restored or
 restarted.
+"""
+_FAULT_NOTE = """
+A topology without a `[[fault]]` has none. Faults begin at the start barrier and end with the measured time. When one happens is said by
+one of: `at` (with `nth` and `times`), `nth` alone, `every_ms`, `rate_per_s`, `after` alone. [chaos.md](chaos.md) shows how to use
+them and what each should show; the summary says how often each was scheduled and how often it happened (`injected`).
+
+| `do` | what happens | on |
+|---|---|---|
+| `kill` | SIGKILL. | swapd, vcpu, host, zygote |
+| `stop` | SIGSTOP, and SIGCONT after `for_ms`. | swapd, vcpu, host |
+| `slow` | For `for_ms` each read and write takes `slower_ms` longer. | swapd |
+| `read_error`, `write_error` | A read, or a write, fails with EIO. | swapd |
+| `no_space` | A write fails with ENOSPC. | swapd |
+| `short_read` | A read brings half a page. | swapd |
+| `bit_flip` | A read brings a page with a wrong bit. | swapd |
+| `bad_block` | The block of a read can never be read again, whatever becomes of the daemon. | swapd |
+| `device_gone` | Every read and write fails with ENODEV for `for_ms`; 0: for good. | swapd |
+| `drop`, `duplicate` | A message between host and daemon is lost, or comes twice. | swapd |
+| `delay` | A message comes `for_ms` later. | swapd |
+| `disconnect` | The connection of a daemon is closed and made again after `for_ms`. | swapd |
+
+A daemon elsewhere (`connect`) is not this run's to stop or to damage: only faults of its link apply. A kill of a vCPU, of the host or of
+the zygote ends the run, as a failed one. A process is killed or stopped at a step by the process that sees the step, so at those that
+daemons see only the daemon itself. For a fault on `swapd-1` only the occasions of that daemon count, for one on `vcpu-3` only those of
+that vCPU; a step of somebody else counts whoever has it. A run with faults cannot be saved, restored or restarted.
+
+| step | seen by | when |
+|---|---|---|
 """

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from proto import stats
+from proto.faults import FaultMachine
 from proto.layout import (
     K_TASKS,
     K_VCPUS,
@@ -66,6 +67,7 @@ from proto.stats import (
     VcpuHist,
 )
 from proto.topology import Topology
+from report import injected
 
 U64 = npt.NDArray[np.uint64]
 NS_PER_S: Final = 1_000_000_000
@@ -146,7 +148,8 @@ class RunFacts:
     usable_cores: int = 1
     pcpus: int = 1
     memory: Mapping[str, float] | None = None
-    chaos: Mapping[str, Any] | None = None
+    faults: FaultMachine | None = None
+    """The schedule of faults and its words as they were at the end."""
     outage: Mapping[str, Any] | None = None
     growth: Mapping[str, Any] | None = None
     """As `report.growth.table`."""
@@ -210,13 +213,16 @@ def build(
         "mapped_alone_mib_per_vcpu": facts.memory["mapped_alone"] if facts.memory else None,
         "usable_cores": facts.usable_cores,
         "pcpus": facts.pcpus,
-        "chaos": dict(facts.chaos) if facts.chaos else None,
+        "chaos": injected.chaos(facts.faults),
+        "injected": injected.table(topology, facts.faults),
         "outage": dict(facts.outage) if facts.outage else None,
         "growth": dict(facts.growth) if facts.growth else None,
         "check": dict(facts.check) if facts.check else None,
         "save_restore": dict(facts.save_restore) if facts.save_restore else None,
     }
     summary["warnings"] = [*facts.warnings, *_warnings(topology, summary)]
+    if lost := injected.lost_pages(tasks["kill_reasons"]["machine_check"], summary["injected"]):
+        summary["warnings"].append(lost)
     return summary
 
 
@@ -236,9 +242,15 @@ def failures(summary: Mapping[str, Any], *, must_check_reads: bool = False) -> l
         found.append(f"{integrity['errors']} reads found a lost or stale word")
     if must_check_reads and not integrity["reads_checked"]:
         found.append("no read was checked, so nothing is known about lost pages")
-    if tasks["killed"]:
-        reasons = ", ".join(f"{count} by {name}" for name, count in tasks["kill_reasons"].items() if count)
-        found.append(f"{tasks['killed']} guest tasks were killed ({reasons})")
+    reasons, killed = dict(tasks["kill_reasons"]), tasks["killed"]
+    if injected.explains_lost_pages(summary["injected"]):
+        # As promised: a page that is damaged on purpose costs the task that needs it, and nobody else.
+        killed -= reasons.pop("machine_check")
+    if killed:
+        why = ", ".join(f"{count} by {name}" for name, count in reasons.items() if count)
+        found.append(f"{killed} guest tasks were killed ({why})")
+    if summary["ended"] == FINISHED:
+        found += injected.failures(summary["injected"])
     if summary["growth"] is not None:
         found += summary["growth"]["failures"]
     check = summary["check"]

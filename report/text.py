@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from report import injected
 from report.check.state import INVARIANTS
 
 
@@ -33,6 +34,7 @@ def render(summary: Mapping[str, Any]) -> str:
         rows.append(("daemons", f"{summary['restarts']} restarts"))
     if summary["outage"] and summary["outage"]["count"]:
         rows.append(("outages", _outage(summary["outage"])))
+    rows += [("fault" if i else "faults", line) for i, line in enumerate(injected.lines(summary["injected"]))]
     if summary["save_restore"]:
         rows.append(("moves", _moves(summary["save_restore"])))
     if summary["growth"] and summary["growth"]["judged"]:

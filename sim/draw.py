@@ -100,7 +100,7 @@ def _faults(rng: random.Random, daemons: int, kinds: Sequence[str]) -> tuple[Fau
 def _fault(rng: random.Random, daemons: int, kind: str) -> FaultPlan:
     if kind == "restart":
         return FaultPlan(kind, 0, rng.choice(EXITS))
-    lasts = kind in ("stall", "delay")
+    lasts = kind in ("stop", "delay")
     return FaultPlan(
         kind,
         rng.randrange(daemons),

@@ -29,12 +29,12 @@ MODES_OF: Final = {
 }
 SCHEDULES: Final = ("delays", "priorities")
 FAULTS: Final = (
-    "kill", "stall", "read_error", "write_error", "short_read", "bit_flip", "bad_block", "drop", "duplicate", "delay", "restart",
+    "kill", "stop", "read_error", "write_error", "short_read", "bit_flip", "bad_block", "drop", "duplicate", "delay", "restart",
 )  # fmt: skip
 """What can happen:
 
 * ``kill``: the daemon dies when the n-th message reaches it, with whatever it has under way
-* ``stall``: it stands still for ``for_us`` from then on
+* ``stop``: it stands still for ``for_us`` from then on
 * ``read_error``, ``write_error``, ``short_read``, ``bit_flip``: the n-th read or write of the device fails, comes short, or has a wrong
   bit
 * ``bad_block``: the block of the n-th read can never be read again

@@ -135,6 +135,7 @@ class Engine:
         self, backend: Backend, slots: int, frames: int, queue_limit: int = QUEUE_LIMIT, why: str = ""
     ) -> None:
         self.slots, self.frames, self.why = slots, frames, why
+        self.next_ns: int | None = None  # nothing is ever held back here
         self.queue_limit = queue_limit
         self.out_of_range = 0  # operations answered with -EIO because there is no such slot
         self._backend = backend

@@ -25,7 +25,6 @@ from proto import wire
 from proto.topology import Swapd
 from proto.units import PAGE_SIZE
 from proto.wire import OP_READ, OP_WRITE, Nack, WireError
-from swapd.engine import Engine
 from swapd.machine import Reply, Request, RequestQueue
 from swapd.model import Delayer, ServiceModel, ServiceSpec
 from swapd.timer import Timer
@@ -100,13 +99,33 @@ class Clock(Protocol):
         """Something was received."""
 
 
+class IoEngine(Protocol):
+    """What a service needs of its engine (swapd/engine.py, or swapd/faulty.py)."""
+
+    next_ns: int | None
+    """When to reap without being told; None: never."""
+
+    @property
+    def eventfd(self) -> int:
+        """Readable when there may be something to reap."""
+
+    def submit(self, ops: np.ndarray) -> None:
+        """Accept operations."""
+
+    def reap(self) -> np.ndarray:
+        """What is over."""
+
+    def close(self) -> None:
+        """Wait for what has begun."""
+
+
 class Service:
     """One incarnation of a daemon. `send(message, pages)` is how replies leave; `clock` is where Lamport counters are kept."""
 
     def __init__(
         self,
         queue: RequestQueue,
-        engine: Engine,
+        engine: IoEngine,
         buffers: Buffers | None,
         epoch: int,
         clock: Clock,
@@ -134,7 +153,8 @@ class Service:
             self._timer.expired()
         done = [(int(tag), int(res)) for tag, res in self.engine.reap().tolist()]
         replies, next_due_ns = self.queue.completed(done, time.monotonic_ns())
-        self._timer.arm(next_due_ns)
+        due = [at for at in (next_due_ns, self.engine.next_ns) if at is not None]
+        self._timer.arm(min(due, default=None))
         if replies:
             self._answer(replies)
 

@@ -18,17 +18,22 @@ from typing import Final
 import zmq
 
 from proto import link, wire
+from proto.faults import FaultMachine
 from proto.layout import CTL_ABORT
 from proto.run import PROC_SWAPD, RunContext
+from proto.topology_faults import schedule
 from proto.trace import Kind
 from proto.units import PAGE_SIZE
 from proto.wire import Nack, WireError
 from swapd import engine as engine_module
 from swapd.engine import open_engine
+from swapd.faulty import DaemonFaults, FaultyEngine
 from swapd.machine import RequestQueue
-from swapd.service import Buffers, Service, service_model
+from swapd.service import Buffers, IoEngine, Service, service_model
 
 POLL_MS: Final = 500
+FAULTS_POLL_MS: Final = 20
+"""With faults that may close the connection: how late such a time may be noticed."""
 HELLO_EVERY_NS: Final = 1_000_000_000
 """HELLO is said again until it is answered."""
 DRAIN_MAX: Final = 64
@@ -53,42 +58,91 @@ class SwapdShell:
             service_model(spec, ctx.topology.run.seed + daemon),
             own_buffers=buffers is not None,
         )
-        engine = open_engine(info.engine, info.fd, memory, spec.queue_depth)
+        engine: IoEngine = open_engine(info.engine, info.fd, memory, spec.queue_depth)
         self.writer = ctx.trace(f"swapd-{daemon}-{epoch}", PROC_SWAPD + daemon)
+        self.faults = self._faults()
+        if self.faults is not None:
+            engine = FaultyEngine(engine, memory, self.faults, time.monotonic_ns)
         self.service = Service(queue, engine, buffers, epoch, self.writer, self._send)
         self.bad_messages = 0
         self.welcome = False
         self.hello_due_ns = 0
         self.leaving = False
         self.context = link.new_context()
-        endpoint = ctx.tcp_endpoint if spec.transport == "tcp" else ctx.endpoint
-        self.socket = link.connect_dealer(self.context, endpoint, link.swapd_identity(daemon, epoch, ctx.key))
+        self.endpoint = ctx.tcp_endpoint if spec.transport == "tcp" else ctx.endpoint
         self.poller = zmq.Poller()
-        self.poller.register(self.socket, zmq.POLLIN)
         self.service.register(self.poller)
+        self.socket: zmq.Socket[bytes] | None = None
+        """None while the connection is closed on purpose."""
+        self.connect_due_ns = 0
+        self._connect()
+
+    def _faults(self) -> DaemonFaults | None:
+        """The schedule, where there is one."""
+        if (segment := self.ctx.segments.get("faults")) is None:
+            return None
+        topology = self.ctx.topology
+        specs = schedule(topology.fault, len(topology.swapd), topology.run.seconds, topology.run.seed)
+        machine = FaultMachine(specs, segment.u64.data)
+        return DaemonFaults(machine, self.daemon, topology.run.seed, self.writer)
+
+    def _connect(self) -> None:
+        identity = link.swapd_identity(self.daemon, self.epoch, self.ctx.key)
+        self.socket = link.connect_dealer(self.context, self.endpoint, identity)
+        self.poller.register(self.socket, zmq.POLLIN)
+        self.welcome = False
+        self.hello_due_ns = 0
+
+    def _disconnect(self) -> None:
+        assert self.socket is not None
+        self.poller.unregister(self.socket)
+        self.socket.close(linger=0)
+        self.socket = None
 
     def loop(self) -> None:
         """Until BYE."""
         self.writer.event(Kind.PROCESS_START, a=os.getpid())
+        poll_ms = POLL_MS if self.faults is None else FAULTS_POLL_MS
         while not self.leaving:
-            if not self.welcome and time.monotonic_ns() >= self.hello_due_ns:
-                self.hello_due_ns = time.monotonic_ns() + HELLO_EVERY_NS
-                self._send(wire.Hello(wire.Role.SWAPD, self.daemon, self.epoch, os.getpid()))
-            events = dict(self.poller.poll(POLL_MS))
-            if self.socket in events:
-                self._drain()
+            now_ns = time.monotonic_ns()
+            if self.faults is not None:
+                self._on_faults(self.faults, now_ns)
+            if self.socket is not None and not self.welcome and now_ns >= self.hello_due_ns:
+                self._hello(now_ns)
+            events = dict(self.poller.poll(poll_ms))
+            if self.socket is not None and self.socket in events:
+                self._drain(self.socket)
             self.service.turn(events)
             if self._aborted():
                 return
+
+    def _hello(self, now_ns: int) -> None:
+        if self.hello_due_ns and self.connect_due_ns:
+            # The host may still have held the former connection to be this daemon when this one was made.
+            self._disconnect()
+            self._connect()
+        self.hello_due_ns = now_ns + HELLO_EVERY_NS
+        self._send(wire.Hello(wire.Role.SWAPD, self.daemon, self.epoch, os.getpid()))
+        if self.faults is not None:
+            self.faults.step("daemon.hello", now_ns)
+
+    def _on_faults(self, faults: DaemonFaults, now_ns: int) -> None:
+        """Close the connection, or make it again."""
+        if self.socket is not None:
+            if self.welcome and (firing := faults.take("disconnect", now_ns)) is not None and firing.nth:
+                self.connect_due_ns = now_ns + firing.spec.for_ns
+                self._disconnect()
+        elif now_ns >= self.connect_due_ns:
+            self._connect()
 
     def _aborted(self) -> bool:
         control = self.ctx.segments.get("control")
         return control is not None and bool(control.u64[CTL_ABORT])
 
-    def _drain(self) -> None:
+    def _drain(self, socket: zmq.Socket[bytes]) -> None:
         for _ in range(DRAIN_MAX):
             try:
-                parts = self.socket.recv_multipart(zmq.NOBLOCK)
+                parts = socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
             self.take(parts)
@@ -120,6 +174,8 @@ class SwapdShell:
 
     def _send(self, message: wire.Message, pages: Sequence[bytes] = ()) -> None:
         """The host always reads; if its queue is full all the same, the reply is lost and the request is sent again."""
+        if self.socket is None:
+            return
         try:
             self.socket.send_multipart([wire.encode(message), *pages], zmq.NOBLOCK)
         except zmq.Again:
@@ -130,7 +186,8 @@ class SwapdShell:
         self.service.close()
         self.writer.event(Kind.PROCESS_END)
         self.writer.close()
-        self.socket.close()
+        if self.socket is not None:
+            self.socket.close()
         self.context.term()
 
 

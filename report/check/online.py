@@ -22,7 +22,7 @@ from proto.errors import UserError
 from proto.trace import EVENT, HEADER_BYTES, SUFFIX, Events, merge
 from proto.trace_live import LiveFile
 from report.check.checker import Checker
-from report.check.source import FINISHED, SWAP_DAEMON
+from report.check.source import FINISHED, SWAP_DAEMON, UNJUDGED
 from report.check.verdict import Verdict
 
 EVENTS_PER_TURN: Final = 1 << 15
@@ -38,7 +38,7 @@ class _File:
 
     def __init__(self, live: LiveFile) -> None:
         self.live = live
-        self.orders = not live.name.startswith(SWAP_DAEMON)
+        self.orders = not live.name.startswith(UNJUDGED)
         self.waiting: Events = np.empty(0, EVENT)
 
     def upto(self, limit: int) -> Events:
@@ -221,7 +221,7 @@ class OnlineCheck:
             try:
                 self._files[path.stem] = _File(LiveFile(path))
             except UserError as error:
-                if not path.stem.startswith(SWAP_DAEMON):
+                if not path.stem.startswith(UNJUDGED):
                     self._cut = self._cut or str(error)
 
     def _last(self) -> int:

@@ -4,7 +4,7 @@ Files are mapped, not read: beside one window nothing of them is kept in memory.
 proto.trace.read_file, which refuses what is no event file and says where a damaged one ends.
 
 A file that lost events (cut, damaged, full) cuts the whole check at its last event: what others did behind that would be judged
-without its causes. Files of swap daemons do not: no invariant looks at their events.
+without its causes. Files of swap daemons and of the launcher do not: no invariant looks at their events.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from proto.trace import EVENT, FOLDER, HEADER_BYTES, SUFFIX, Events, event_files
 WINDOW_EVENTS: Final = 1 << 17
 DEFAULT_PROFILE: Final = "mainline"
 SWAP_DAEMON: Final = "swapd"
+UNJUDGED: Final = (SWAP_DAEMON, "launcher")
+"""Whose events no invariant looks at."""
 RUN_JSON_BYTES_MAX: Final = 16 << 20
 Counters = Any
 """Column of Lamport counters of a mapped file, u64, rising."""
@@ -97,7 +99,7 @@ def open_files(paths: Sequence[Path], name: str = "") -> Source:
         except OSError as error:
             raise UserError("the event file cannot be read", where=str(path), found=error.strerror) from error
         count = len(file.events)
-        daemon = file.name.startswith(SWAP_DAEMON)
+        daemon = file.name.startswith(UNJUDGED)
         if file.note:
             source.notes.append(file.note)
         if file.note and not daemon:

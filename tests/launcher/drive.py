@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from launcher.execute import RunOptions, RunResult, execute
 from launcher.lifecycle import Bounds
@@ -29,12 +31,14 @@ def run_fake(
     seconds: float,
     changes: tuple[str, ...] = (),
     options: RunOptions | None = None,
+    faults: Sequence[tuple[str, dict[str, Any]]] = (),
 ) -> RunResult:
     """Run a small topology with fake roles; `script` is what goes wrong (tests/launcher/fake_roles.py)."""
     topology = load(
         ROOT / "topologies" / "quickstart.toml",
         (*SMALL, "vm.0.task.1.memory_kib=512", f"run.name={script}", *changes),
         seconds=seconds,
+        faults=faults,
     )
     options = options or RunOptions(roles=ROLES)
     with Signals() as signals:

@@ -14,6 +14,7 @@ import time
 import zmq
 
 from proto import link, wire
+from proto.faults import FaultMachine
 from proto.layout import (
     CTL_ABORT,
     CTL_BARRIER,
@@ -100,6 +101,8 @@ class _Host:
             self.start_s = time.monotonic()
             self.control[CTL_START_NS] = time.monotonic_ns()
             self.control[CTL_BARRIER] = 1
+            if "faults" in self.ctx.segments:
+                FaultMachine((), self.ctx.segments["faults"].u64.data).start(time.monotonic_ns())
             self._tell(wire.Started(time.monotonic_ns()))
 
 
@@ -128,7 +131,7 @@ def vcpu_main(ctx: RunContext, cpu: int) -> None:
 
 def swapd_main(ctx: RunContext, daemon: int, epoch: int) -> None:
     """A daemon that waits for BYE; it has the frames only."""
-    assert set(ctx.segments) <= {"frames"}
+    assert set(ctx.segments) <= {"frames", "faults"}
     assert ctx.swap_files[daemon].fd >= 0
     if ctx.topology.run.name == "swapd-crashes":
         os.kill(os.getpid(), signal.SIGABRT)

@@ -68,10 +68,10 @@ class _Runs:
     def __init__(self, **changes: Any) -> None:
         self.changes = changes
         self.asked: list[tuple[str, float, Path | None]] = []
-        self.options: list[RunOptions] = []
+        self.topologies: list[Topology] = []
 
     def __call__(self, topology: Topology, options: RunOptions, *_: Any) -> RunResult:
-        self.options.append(options)
+        self.topologies.append(topology)
         self.asked.append((topology.run.mode, topology.run.seconds, options.out))
         summary = full_summary()
         summary["mode"] = topology.run.mode
@@ -116,19 +116,19 @@ def test_the_exit_code_of_a_run_is_its_verdict(
 
 def test_chaos_and_stress_must_have_checked_something(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commands, "_title", lambda: None)
+    chaos: dict[str, Any] = {"kill": "swapd", "faults": [], "random": 0}
     for reads, code in ((0, 1), (5, 0)):
         runs = _Runs(integrity={"reads_checked": reads})
         monkeypatch.setattr(commands, "execute", runs)
-        assert commands.cmd_chaos(_args(every_ns=10**8, for_ns=3 * 10**9)) == code
+        assert commands.cmd_chaos(_args(**chaos, every_ns=10**8, for_ns=3 * 10**9)) == code
         assert runs.asked[0][1] == 3.0, "the run lasts as long as the chaos"
         stress = {"vcpus": 3, "vms": 2, "overcommit": 2.5, "every_ns": 10**8}
         assert commands.cmd_stress(_args(**stress, chaos=True, seconds=4.0)) == code
-        plan = runs.options[-1].chaos
-        assert plan is not None
-        assert (plan.every_ns, plan.for_ns, plan.daemons) == (10**8, 4 * 10**9, 1)
+        (fault,) = runs.topologies[-1].fault
+        assert (fault.do, fault.on, fault.every_ms) == ("kill", "swapd", 100.0)
         assert runs.asked[-1][1] == 4.0
         assert commands.cmd_stress(_args(**stress, chaos=False)) == code
-        assert runs.options[-1].chaos is None
+        assert not runs.topologies[-1].fault
 
 
 def test_compare_runs_every_mode_and_names_the_directories(

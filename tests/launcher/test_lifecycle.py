@@ -16,10 +16,12 @@ from launcher.lifecycle import (
     Fence,
     Fork,
     Kill,
+    KillZygote,
     Lifecycle,
     Phase,
     RestartBudget,
     S,
+    Signal,
     Tell,
 )
 from launcher.zygote_link import Child
@@ -167,14 +169,35 @@ def test_a_hanging_daemon_is_killed_once_per_epoch() -> None:
     assert life.on_host(wire.RestartWanted(7, 0, "x"), S) == [], "no such daemon"
 
 
-def test_chaos_kills_only_what_lives_while_the_run_is_measured() -> None:
-    assert _filling().on_chaos(0) == []
+def test_scheduled_faults_hit_only_what_lives_while_the_run_is_measured() -> None:
+    kill, stop = signal.SIGKILL, signal.SIGSTOP
+    assert _filling().on_fault("swapd", 0, kill) == []
     life = _running()
-    assert life.on_chaos(0) == [Kill(Child("swapd", 0, 0), 200)]
+    assert life.on_fault("swapd", 0, kill) == [Kill(Child("swapd", 0, 0), 200)]
     life.on_exited(Child("swapd", 0, 0), KILLED, 1)
-    assert life.on_chaos(0) == [], "the successor has not been forked yet"
+    assert life.on_fault("swapd", 0, kill) == [], "the successor has not been forked yet"
     life.on_forked(Child("swapd", 0, 1), 300)
-    assert life.on_chaos(0) == [Kill(Child("swapd", 0, 1), 300)]
+    assert life.on_fault("swapd", 0, kill) == [Kill(Child("swapd", 0, 1), 300)]
+    assert life.on_fault("swapd", 0, stop) == [Signal(Child("swapd", 0, 1), 300, stop)]
+    assert life.on_fault("host", 0, stop) == [Signal(HOST, 100, stop)]
+    assert life.on_fault("zygote", 0, kill, "x") == [KillZygote()]
+    assert _end(life.on_zygote_gone("killed by SIGKILL")).ended == "failed:zygote-0 killed by SIGKILL (x)"
+
+
+@pytest.mark.parametrize("hand", ["ours", "another's"])
+def test_an_ordered_death_is_no_failed_start_and_says_who_wanted_it(hand: str) -> None:
+    life = _running()
+    for epoch in range(QUICK_DEATHS_MAX + 2):
+        if hand == "ours":
+            assert life.on_fault("swapd", 0, signal.SIGKILL)
+        else:
+            life.ordered("swapd", 0, "fault 3")
+        effects = life.on_exited(Child("swapd", 0, epoch), KILLED, 1)
+        assert effects[-1] == Fork([Child("swapd", 0, epoch + 1)])
+        life.on_forked(Child("swapd", 0, epoch + 1), 300 + epoch)
+    life.ordered("vcpu", 1, "fault 3")
+    ended = _end(life.on_exited(Child("vcpu", 1, 0), KILLED, 5)).ended
+    assert ended == "failed:vcpu-1 killed by SIGKILL (fault 3)"
 
 
 def test_the_first_signal_stops_in_order_and_the_second_at_once() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import stat
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from launcher.chaos import ChaosPlan
 from launcher.execute import RunResult
 from proto.errors import UserError
 from tests.launcher.drive import run_fake, with_roles
@@ -124,9 +122,8 @@ def test_a_run_that_never_starts_or_ends_is_ended_with_the_state_of_each_vcpu() 
 
 
 def test_chaos_kills_daemons_and_the_summary_tells_about_the_outages(tmp_path: Path) -> None:
-    chaos = ChaosPlan(every_ns=200_000_000, for_ns=900_000_000, daemons=1)
-    options = dataclasses.replace(with_roles(tmp_path / "run"), chaos=chaos)
-    result = run_fake("plain", 1.2, options=options)
+    faults = [("--kill", {"do": "kill", "every_ms": 200.0, "until": 0.9})]
+    result = run_fake("plain", 1.2, options=with_roles(tmp_path / "run"), faults=faults)
     summary = result.summary
     assert summary["ended"] == "finished", result
     assert 1 <= summary["chaos"]["kills"] <= 4

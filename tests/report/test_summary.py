@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from proto import stats
+from proto.faults import FaultMachine, words_needed
 from proto.layout import (
     K_TASKS,
     K_VCPUS,
@@ -39,7 +41,8 @@ from proto.layout import (
     task_base,
 )
 from proto.stats import HostCounter, HostHist, VcpuHist
-from proto.topology import Topology
+from proto.topology import Fault, Topology
+from proto.topology_faults import schedule
 from proto.units import WORDS_PER_PAGE
 from report import growth, text
 from report import summary as summaries
@@ -113,13 +116,22 @@ def _paced(end: Snapshot, cpu: int, executed: float, wall_ns: int = 10 * S) -> N
     page[VP_COUNTERS + VC_END_VCLOCK_NS] = 3 * S + int(executed * wall_ns)
 
 
+def _fired(machine: FaultMachine) -> FaultMachine:
+    """Every fault once."""
+    machine.start(1)
+    for spec in machine.specs:
+        machine.fire(spec, 2)
+    return machine
+
+
 def full_summary() -> dict[str, Any]:
     """A summary in which every table is there."""
-    topology = _topology()
+    topology = dataclasses.replace(_topology(), fault=(Fault(do="kill"),))
+    specs = schedule(topology.fault, 1, 5.0, 1)
     facts = RunFacts(
         "finished",
         memory={"uss": 2.0, "mapped_alone": 2.5},
-        chaos={"kills": 1, "every_ms": 2.0, "for_s": 3.0},
+        faults=_fired(FaultMachine(specs, [0] * words_needed(1, 1))),
         outage={"count": 1, "total_ms": 2.0, "work_per_100ms_up": None, "work_per_100ms_down": 1.0},
         growth=growth.table([], 2),
         check={
@@ -137,7 +149,9 @@ def full_summary() -> dict[str, Any]:
 def _names(table: dict[str, Any], prefix: str = "") -> set[str]:
     found: set[str] = set()
     for name, value in table.items():
-        found |= _names(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name}
+        rows = isinstance(value, list) and value and isinstance(value[0], dict)
+        part = value[0] if rows else value
+        found |= _names(part, f"{prefix}{name}.") if isinstance(part, dict) and part else {prefix + name}
     return found
 
 
@@ -146,7 +160,7 @@ def test_every_name_is_documented_and_every_documented_name_exists() -> None:
     for line in DOCS.read_text().splitlines():
         if line.startswith("| `"):
             documented |= set(re.findall(r"`([^`]+)`", line.split("|")[1]))
-    assert documented - {"chaos", "check", "save_restore"} == _names(full_summary())
+    assert documented - {"chaos", "check", "injected", "save_restore"} == _names(full_summary())
 
 
 def test_the_promised_names_exist() -> None:

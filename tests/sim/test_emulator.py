@@ -226,9 +226,9 @@ def test_a_restart_in_the_middle_of_a_dead_daemon() -> None:
 
 
 def test_what_never_happened_is_said() -> None:
-    outcome = run_plan(small(FaultPlan("kill", 0, 100_000), FaultPlan("stall", 0, 2, 100)))
+    outcome = run_plan(small(FaultPlan("kill", 0, 100_000), FaultPlan("stop", 0, 2, 100)))
     assert outcome.passed
-    assert (dict(outcome.fired), dict(outcome.unfired)) == ({"stall": 1}, {"kill": 1})
+    assert (dict(outcome.fired), dict(outcome.unfired)) == ({"stop": 1}, {"kill": 1})
 
 
 def test_a_stop_ends_tasks_that_have_no_end() -> None:

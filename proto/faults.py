@@ -1,0 +1,317 @@
+"""Which fault of a schedule happens now: occasions are counted, times are looked at, what has fired is remembered.
+
+A `Spec` is one fault. Its trigger is a step (every ``nth`` occasion of it, ``scheduled`` times in all) or a list of times. What a trigger
+made due is pending until the one who does such things takes it: the process that sees the step, or the next read, write or message that
+the fault can happen to. So whoever counts and whoever acts may be two processes: both work on the same words.
+
+State lies in words (u64) that outlive every process of a run: `HEADER_WORDS`, then `FAULT_WORDS` for each fault. A list of integers does as
+well (the simulation).
+
+Invariants: pure, callers pass the time; nothing is due before `START_NS` and nothing becomes due after `STOP_NS`; a word has one writer at
+a time, since targets in turn hand the fault on by the word `TURN`; a process that is killed by its own fault has counted it before.
+
+Not handled here: what a fault does (swapd/faulty.py, host/faults.py, launcher/chaos.py), what a topology may ask for
+(proto/topology_faults.py).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+PROCESS_KINDS: Final = ("kill", "stop")
+READ_KINDS: Final = ("read_error", "short_read", "bit_flip", "bad_block")
+WRITE_KINDS: Final = ("write_error", "no_space")
+DEVICE_KINDS: Final = ("slow", *READ_KINDS, *WRITE_KINDS, "device_gone")
+MESSAGE_KINDS: Final = ("drop", "duplicate", "delay")
+LINK_KINDS: Final = (*MESSAGE_KINDS, "disconnect")
+KINDS: Final = (*PROCESS_KINDS, *DEVICE_KINDS, *LINK_KINDS)
+"""What can go wrong; an event names a kind by its place here."""
+ROLES: Final = ("swapd", "vcpu", "host", "zygote")
+"""Whom it can happen to; an event names a target as place here * 65536 + number."""
+
+
+class Step(NamedTuple):
+    """An occasion of the protocol. seen_by: host or swapd. of: the role that has it (swapd or vcpu)."""
+
+    seen_by: str
+    of: str
+    meaning: str
+
+
+STEPS: Final = {
+    "swap_in.sent": Step("host", "swapd", "The host has sent a daemon the request to read a page."),
+    "swap_in.done": Step("host", "swapd", "A page was read without an error; its checksum comes next."),
+    "swap_out.sent": Step("host", "swapd", "The host has sent a daemon the request to write a page."),
+    "swap_out.done": Step("host", "swapd", "A page was written without an error."),
+    "link.message": Step("host", "swapd", "Requests go to a daemon, or answers come from it: one message."),
+    "fault.announced": Step("host", "vcpu", 'A vCPU was entered with "page not present".'),
+    "ready.sent": Step("host", "vcpu", 'The host has handed over a "page ready".'),
+    "read.started": Step("swapd", "swapd", "The daemon has given a read to the device."),
+    "write.started": Step("swapd", "swapd", "The daemon has given a write to the device."),
+    "read.done": Step("swapd", "swapd", "A read is over; its answer has not left yet."),
+    "write.done": Step("swapd", "swapd", "A write is over; its answer has not left yet."),
+    "io.done": Step("swapd", "swapd", "A read or a write is over; its answer has not left yet."),
+    "daemon.hello": Step("swapd", "swapd", "A daemon has said HELLO (a restarted one: faults begin at the start barrier)."),
+}  # fmt: skip
+"""Every step that a fault may wait for (``at``)."""
+
+NATURAL: Final = {
+    **dict.fromkeys(READ_KINDS, "read.done"),
+    **dict.fromkeys(WRITE_KINDS, "write.done"),
+    **dict.fromkeys(("slow", "device_gone"), "io.done"),
+    **dict.fromkeys(LINK_KINDS, "link.message"),
+}
+"""What ``nth`` counts when no step is given: the occasions that the fault itself can happen to."""
+
+START_NS: Final = 0
+"""When the start barrier opened, monotonic; 0 before. Written by the host."""
+STOP_NS: Final = 1
+"""When the measured time was over; 0 before. Written by the host."""
+HEADER_WORDS: Final = 8
+
+SEEN: Final = 0
+"""Occasions of its step. Writer: the process that sees them."""
+TAKEN: Final = 1
+"""How many of those that became due were taken, or passed over. From here on: written by the process that acts."""
+TURN: Final = 2
+"""Targets had: the next one is number ``TURN`` modulo their count."""
+FIRED: Final = 3
+LAST_NS: Final = 4
+"""When it fired last."""
+UNTIL_NS: Final = 5
+"""When what it began last is over (`for_ms`)."""
+ON: Final = 6
+"""Number of the target that it fired at last."""
+FAULT_WORDS: Final = 8
+
+BAD_WORDS: Final = 512
+"""Of each daemon, behind the faults: how many blocks went bad, then their numbers."""
+FOREVER_NS: Final = (1 << 63) - 1
+READ_TRIES: Final = 3
+"""Failed reads that a page survives at least: fewer never lose one (host/vm.py READ_ATTEMPTS_MAX)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """One fault. Times are ns since the start barrier.
+
+    targets: numbers of the role, in turn. step: "" for a fault by time, whose times are ``times_ns``, rising. scheduled: how often it is to
+    happen. merges: times that pass while an earlier one is pending are passed over. from_ns, until_ns: when occasions count.
+    for_ns: how long it lasts, 0: one operation. slower_ns: time added to each operation.
+    """
+
+    number: int
+    kind: str
+    role: str
+    targets: tuple[int, ...]
+    step: str = ""
+    nth: int = 1
+    scheduled: int = 1
+    times_ns: tuple[int, ...] = ()
+    merges: bool = False
+    from_ns: int = 0
+    until_ns: int = FOREVER_NS
+    for_ns: int = 0
+    slower_ns: int = 0
+
+    @property
+    def lasts(self) -> bool:
+        """Whether it goes on after it fired."""
+        return self.for_ns > 0
+
+
+class Firing(NamedTuple):
+    """A fault that happens now, for the ``nth`` time."""
+
+    spec: Spec
+    number: int
+    """Of the target."""
+    nth: int
+
+
+def words_needed(faults: int, daemons: int) -> int:
+    """Size of the segment `faults`, in words."""
+    return HEADER_WORDS + faults * FAULT_WORDS + daemons * BAD_WORDS
+
+
+def target_code(role: str, number: int) -> int:
+    """A target in an event."""
+    return ROLES.index(role) << 16 | number
+
+
+class FaultMachine:
+    """See the module. ``words``: u64 memoryview or list, at least `words_needed`."""
+
+    def __init__(self, specs: Iterable[Spec], words: Any) -> None:
+        self.specs = tuple(specs)
+        self.words = words
+        self._by_step: dict[str, list[Spec]] = {}
+        self._by_kind: dict[str, list[Spec]] = {}
+        for spec in self.specs:
+            if spec.step:
+                self._by_step.setdefault(spec.step, []).append(spec)
+            self._by_kind.setdefault(spec.kind, []).append(spec)
+
+    def word(self, spec: Spec, name: int) -> int:
+        """One of the words of a fault: SEEN, TAKEN, ..."""
+        return int(self.words[HEADER_WORDS + spec.number * FAULT_WORDS + name])
+
+    def _put(self, spec: Spec, name: int, value: int) -> None:
+        self.words[HEADER_WORDS + spec.number * FAULT_WORDS + name] = value
+
+    # -- the time in which faults happen -------------------------------------------------------------------
+    def start(self, now_ns: int) -> None:
+        """The start barrier has opened."""
+        self.words[START_NS] = now_ns
+
+    def stop(self, now_ns: int) -> None:
+        """Nothing becomes due any more; what has begun goes on to its end."""
+        self.words[STOP_NS] = now_ns
+
+    def since_start(self, now_ns: int) -> int:
+        """Time since the barrier, not beyond the stop; negative before the barrier."""
+        start = int(self.words[START_NS])
+        if not start:
+            return -1
+        stop = int(self.words[STOP_NS])
+        return (min(now_ns, stop) if stop else now_ns) - start
+
+    # -- triggers ------------------------------------------------------------------------------------------
+    def step(self, name: str, role: str, number: int, now_ns: int) -> bool:
+        """Count an occasion of a step, which ``role``-``number`` has. Whether a fault that waits for it is pending now."""
+        specs = self._by_step.get(name)
+        if not specs or not self.words[START_NS] or self.words[STOP_NS]:
+            return False
+        since_ns = now_ns - int(self.words[START_NS])
+        due = False
+        for spec in specs:
+            if not spec.from_ns <= since_ns < spec.until_ns:
+                continue
+            # Occasions of others do not count for a fault that waits for those of its target.
+            if spec.role == role and self.target(spec) != number:
+                continue
+            seen = self.word(spec, SEEN) + 1
+            self._put(spec, SEEN, seen)
+            due = due or self.pending(spec, now_ns)
+        return due
+
+    def target(self, spec: Spec) -> int:
+        """Number of the target whose turn it is."""
+        return spec.targets[self.word(spec, TURN) % len(spec.targets)]
+
+    def _due(self, spec: Spec, now_ns: int) -> int:
+        """How often it should have happened by now."""
+        if spec.step:
+            return min(spec.scheduled, self.word(spec, SEEN) // spec.nth)
+        return bisect_right(spec.times_ns, self.since_start(now_ns))
+
+    def pending(self, spec: Spec, now_ns: int) -> bool:
+        """It is to happen now."""
+        return self._due(spec, now_ns) > self.word(spec, TAKEN)
+
+    def next_ns(self, specs: Iterable[Spec], now_ns: int) -> int | None:
+        """When one of these faults becomes due by time; None: never again."""
+        since_ns, start_ns = self.since_start(now_ns), int(self.words[START_NS])
+        if since_ns < 0 or self.words[STOP_NS]:
+            return None
+        found = []
+        for spec in specs:
+            at = bisect_right(spec.times_ns, since_ns)
+            if at < len(spec.times_ns):
+                found.append(start_ns + spec.times_ns[at])
+        return min(found, default=None)
+
+    # -- acting --------------------------------------------------------------------------------------------
+    def take(self, kinds: Sequence[str], role: str, number: int, now_ns: int) -> list[Firing]:
+        """Faults of these kinds that happen to this target now. They count as fired: the caller does them."""
+        fired: list[Firing] = []
+        for kind in kinds:
+            fired += [
+                self.fire(spec, now_ns)
+                for spec in self._by_kind.get(kind, ())
+                if spec.role == role and self.pending(spec, now_ns) and self.target(spec) == number
+            ]
+        return fired
+
+    def fire(self, spec: Spec, now_ns: int) -> Firing:
+        """It happens."""
+        number, nth = self.target(spec), self.word(spec, FIRED) + 1
+        self._put(spec, LAST_NS, now_ns)
+        self._put(spec, ON, number)
+        self._put(spec, UNTIL_NS, min(FOREVER_NS, now_ns + spec.for_ns))
+        self._put(spec, FIRED, nth)
+        self._move_on(spec, now_ns)
+        return Firing(spec, number, nth)
+
+    def skip(self, spec: Spec, now_ns: int) -> None:
+        """Its target is not there: passed over, and the next target's turn."""
+        self._move_on(spec, now_ns)
+
+    def _move_on(self, spec: Spec, now_ns: int) -> None:
+        self._put(spec, TURN, self.word(spec, TURN) + 1)
+        self._put(spec, TAKEN, self._due(spec, now_ns) if spec.merges else self.word(spec, TAKEN) + 1)
+
+    def open(self, kind: str, role: str, number: int, now_ns: int) -> Spec | None:
+        """A fault of this kind that goes on at this target, if there is one."""
+        for spec in self._by_kind.get(kind, ()):
+            if spec.lasts and spec.role == role and self._is_open(spec, number, now_ns):
+                return spec
+        return None
+
+    def _is_open(self, spec: Spec, number: int, now_ns: int) -> bool:
+        return (
+            self.word(spec, FIRED) > 0
+            and self.word(spec, ON) == number
+            and now_ns < self.word(spec, UNTIL_NS)
+        )
+
+
+class BadBlocks:
+    """Blocks of one daemon that can never be read again; they stay bad when it is restarted."""
+
+    def __init__(self, words: Any, faults: int, daemon: int) -> None:
+        self._words = words
+        self._base = HEADER_WORDS + faults * FAULT_WORDS + daemon * BAD_WORDS
+        count = min(int(words[self._base]), BAD_WORDS - 1)
+        self._blocks = {int(words[self._base + 1 + i]) for i in range(count)}
+
+    def __contains__(self, block: int) -> bool:
+        """Whether it is bad."""
+        return block in self._blocks
+
+    def add(self, block: int) -> None:
+        """It is bad from now on."""
+        if block in self._blocks:
+            return
+        count = len(self._blocks)
+        assert count < BAD_WORDS - 1, "the topology was checked"
+        self._words[self._base + 1 + count] = block
+        self._words[self._base] = count + 1
+        self._blocks.add(block)
+
+
+def outcome(spec: Spec, machine: FaultMachine) -> str:
+    """Why this fault fails the run; "" when it happened as it should.
+
+    A fault at steps or at one time has to happen each time. Of one that comes again and again some may be passed over.
+    """
+    fired = machine.word(spec, FIRED)
+    if spec.merges:
+        return "" if fired else f"never happened, {spec.scheduled} times were scheduled"
+    if fired >= spec.scheduled:
+        return ""
+    seen = f" (the step was seen {machine.word(spec, SEEN)} times)" if spec.step else ""
+    return f"happened {fired} times of {spec.scheduled}{seen}"
+
+
+def may_lose_pages(machine: FaultMachine) -> list[Spec]:
+    """Faults that have happened and may cost a page for good: each alone, or failed reads that are too many to be retried."""
+    fired = [spec for spec in machine.specs if machine.word(spec, FIRED)]
+    reads = [spec for spec in fired if spec.kind in ("read_error", "short_read", "bit_flip")]
+    surely = [spec for spec in fired if spec.kind in ("bad_block", "device_gone")]
+    if any(spec.lasts for spec in reads) or sum(machine.word(spec, FIRED) for spec in reads) >= READ_TRIES:
+        surely += reads
+    return sorted(surely, key=lambda spec: spec.number)
