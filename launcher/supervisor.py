@@ -285,6 +285,8 @@ class Supervisor:
         outcome.end_ns = time.monotonic_ns()
         outcome.start_ns = self._life.start_ns
         outcome.restarts = self._restarts_before + self._life.restarts
+        if not end.ended.startswith("failed:"):
+            outcome.details += [f"{why}; the run went on without it" for why in self._life.gone]
         if end.ended.startswith(("failed:timeout", "failed:stalled")):
             outcome.details += self._watch.describe_vcpus()
 
@@ -306,7 +308,7 @@ class Supervisor:
 
     def _on_measured_time(self, now_ns: int) -> None:
         outcome = self.outcome
-        outcome.outage.sample(now_ns, self._watch.work(), self._watch.host(HostCounter.RESTARTS))
+        outcome.outage.sample(now_ns, self._watch.work(), self._watch.daemons_back())
         if outcome.at_stop is None and self._watch.stopped():
             outcome.at_stop = self._watch.snapshot(now_ns)
         if self._memory_due_ns and now_ns >= self._memory_due_ns:
@@ -337,7 +339,7 @@ class Supervisor:
     def _daemon_ended(self, daemon: int, now_ns: int) -> None:
         if self._life.phase is Phase.OVER:
             return
-        connected = self._watch.host(HostCounter.RESTARTS)
+        connected = self._watch.daemons_back()
         self.outcome.outage.down(daemon, now_ns, self._watch.work(), connected)
 
     def _connect(self) -> None:

@@ -62,6 +62,10 @@ class Watch:
         """A counter of the host."""
         return self._host.get(counter)
 
+    def daemons_back(self) -> int:
+        """Deaths of daemons that the host has dealt with: a successor is connected, or it goes on without one."""
+        return self.host(HostCounter.RESTARTS) + self.host(HostCounter.DAEMONS_GONE)
+
     def snapshot(self, now_ns: int) -> Snapshot:
         """A copy of all figures."""
         return Snapshot(now_ns, self._stats.copy(), self._vcpus.copy())

@@ -31,6 +31,8 @@ def render(summary: Mapping[str, Any]) -> str:
     ]
     if summary["restarts"]:
         rows.append(("daemons", f"{summary['restarts']} restarts"))
+    if summary["replicas"]:
+        rows.append(("replicas", _replicas(summary["replicas"])))
     if summary["outage"] and summary["outage"]["count"]:
         rows.append(("outages", _outage(summary["outage"])))
     if summary["save_restore"]:
@@ -55,6 +57,11 @@ def _faults(faults: Mapping[str, int]) -> str:
 def _outage(outage: Mapping[str, Any]) -> str:
     up, down = _or_dash(outage["work_per_100ms_up"]), _or_dash(outage["work_per_100ms_down"])
     return f"{outage['count']}, {outage['total_ms']:.0f} ms in all; work per 100 ms: {up} up, {down} down"
+
+
+def _replicas(replicas: Mapping[str, Any]) -> str:
+    hedges = f"{replicas['hedged']:,} hedged, {replicas['hedge_wins']:,} of them won"
+    return f"{replicas['replica_reads']:,} reads from the other copy, {hedges}, {replicas['single_copies']:,} pages with one copy"
 
 
 def _moves(moves: Mapping[str, Any]) -> str:

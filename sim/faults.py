@@ -15,6 +15,7 @@ MESSAGE, TO_DAEMON, READ, WRITE, EXIT = "message", "to daemon", "read", "write",
 OCCASION: Final = {
     "kill": TO_DAEMON, "stall": TO_DAEMON, "drop": MESSAGE, "duplicate": MESSAGE, "delay": MESSAGE,
     "read_error": READ, "short_read": READ, "bit_flip": READ, "bad_block": READ, "write_error": WRITE, "restart": EXIT,
+    "gone": TO_DAEMON,
 }  # fmt: skip
 """What is counted for each kind."""
 
