@@ -332,6 +332,15 @@ class SwapIn(NamedTuple):
     frame: int
 
 
+class SwapInBad(NamedTuple):
+    """What `SwapInDone` brought from ``copy`` has another sum: try again, or another copy, with ``frame`` to land in."""
+
+    hvp: int
+    slot: int
+    frame: int
+    copy: int
+
+
 class SwapOut(NamedTuple):
     """Write ``frame`` (checksum ``xxh3``) for ``hvp``, into ``slot`` again or into a new one (-1). ``serial`` names the attempt."""
 
@@ -349,13 +358,44 @@ class SlotFree(NamedTuple):
 
 
 class SwapInDone(NamedTuple):
-    """``ok``: the bytes in ``frame`` came from the device; ``xxh3`` is the sum that the write recorded."""
+    """``ok``: the bytes in ``frame`` came from the device; ``xxh3`` is the sum that the write of ``copy`` recorded. Not ok: no copy can
+    be read. ``rewrite``: the slot has fewer copies than it should have, and could have them: the page is to be written anew.
+    """
 
     hvp: int
     slot: int
     frame: int
     ok: bool
     xxh3: int
+    copy: int
+    rewrite: bool
+
+
+class LendFrame(NamedTuple):
+    """A second read of ``hvp`` wants a landing frame of its own; answer `FrameLent`."""
+
+    hvp: int
+
+
+class FrameLent(NamedTuple):
+    """``frame`` is the swap machine's until `FrameBack`, or until the page arrives in it; -1: none is free, or nobody waits any more."""
+
+    hvp: int
+    frame: int
+
+
+class FrameBack(NamedTuple):
+    """No I/O can land in this lent frame any more."""
+
+    frame: int
+
+
+class SlotsLost(NamedTuple):
+    """Daemon ``daemon`` is gone, and with it the only copy of ``slots``. ``fatal``: the run cannot do without it in any case."""
+
+    daemon: int
+    slots: tuple[int, ...]
+    fatal: bool
 
 
 class SwapOutDone(NamedTuple):
@@ -375,7 +415,7 @@ class LookAtGrace(NamedTuple):
 
 
 class LookAtRequests(NamedTuple):
-    """Time has passed: ask again for what a daemon that is up has not answered for long."""
+    """Time has passed: ask again for what a daemon that is up has not answered for long, ask another for what is late (hedges)."""
 
 
 class IoReply(NamedTuple):
@@ -407,6 +447,19 @@ class DaemonFenced(NamedTuple):
 
     daemon: int
     epoch: int
+
+
+class DaemonGone(NamedTuple):
+    """A fenced daemon never comes back."""
+
+    daemon: int
+
+
+class PagesLost(NamedTuple):
+    """The run cannot go on: ``pages`` were on daemon ``daemon`` only, which is gone; 0 when nothing was there, but no other can do it."""
+
+    daemon: int
+    pages: int
 
 
 class SendIo(NamedTuple):

@@ -8,8 +8,9 @@ daemon's own epochs go on from run to run and are translated here).
 * OFFER with a greater epoch: over there the old incarnation was killed, reaped and fenced before this one was numbered. So the old one is
   lost and fenced for the machines, and its unanswered requests go to the new one.
 * OFFER with a smaller epoch is refused, and so are replies of one: they are counted and answered with NACK.
-* OFFER of other contents (`file`): what was acknowledged is gone; the run ends with that reason.
-* Nothing is heard for `give_up_seconds`, or for `CONNECT_NS` at the start: the run ends with the reason.
+* OFFER of other contents (`file`), or for another host: what was acknowledged is gone, and so is the daemon for this run.
+* Nothing is heard for `give_up_seconds`: the same. Whether the run can do without it is the machines' business.
+* One that could not be used at all, at the start (`CONNECT_NS`): the run ends with the reason.
 
 Not handled here: keys and sockets (proto/remote.py), the messages themselves (host/shell.py).
 """
@@ -52,6 +53,7 @@ class Link(Protocol):
     epoch: int
     up: bool
     fenced: bool
+    gone: str
     last_pong_ns: int
     ping_nonce: int
 
@@ -173,7 +175,7 @@ class RemoteDaemon:
 
 
 class RemoteDaemons:
-    """All of a run's. `fail` is told, once, why the run cannot go on."""
+    """All of a run's. `fail` is told, once, why the run cannot begin; `lose`, which daemon never comes back, and why."""
 
     def __init__(
         self,
@@ -184,10 +186,12 @@ class RemoteDaemons:
         slots: Sequence[int],
         feed: Callable[[Any, Any], None],
         fail: Callable[[str], None],
+        lose: Callable[[int, str], None],
     ) -> None:
         self._shell = shell
         self._feed = feed
         self._fail = fail
+        self._lose = lose
         self._failed = False
         self._handlers: dict[type[Any], Callable[[RemoteDaemon, Any, Sequence[bytes]], None]] = {
             wire.Offer: self._offered,
@@ -274,7 +278,7 @@ class RemoteDaemons:
             daemon.base, daemon.file = offer.epoch, offer.file
         known: Link = self._shell.daemons[daemon.number]
         epoch = offer.epoch - daemon.base
-        if epoch < known.epoch or epoch < 0:
+        if known.gone or epoch < known.epoch or epoch < 0:
             self._shell.obs.count(HostCounter.STALE_REPLIES)
             raise WireError(Nack.STALE_EPOCH, f"epoch {offer.epoch} is over", wire.Kind.OFFER)
         if offer.file != daemon.file:
@@ -299,6 +303,8 @@ class RemoteDaemons:
     def heartbeat(self, number: int, now_ns: int) -> None:
         """Every half second."""
         daemon, known = self.daemons[number], self._shell.daemons[number]
+        if known.gone:
+            return
         if known.up:
             known.ping_nonce += 1
             daemon.send(wire.Ping(known.epoch, known.ping_nonce), ())
@@ -316,9 +322,12 @@ class RemoteDaemons:
             )
 
     def _give_up(self, daemon: RemoteDaemon, why: str) -> None:
-        if not self._failed:
+        text = f"swapd-{daemon.number} at {daemon.endpoint} {why}"
+        if daemon.base is not None:
+            self._lose(daemon.number, text)
+        elif not self._failed:
             self._failed = True
-            self._fail(f"swapd-{daemon.number} at {daemon.endpoint} {why}")
+            self._fail(text)
 
     def close(self) -> None:
         """Sockets."""

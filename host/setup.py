@@ -104,6 +104,6 @@ def build_machines(
     numbers = [(v, vcpu_id) for v, vm in enumerate(topology.vm) for vcpu_id in range(vm.vcpus)]
     return HostMachines(
         VmMachine(memory, memslots(topology), water_marks(topology), observer, regions(topology)),
-        SwapMachine(slots, observer),
+        SwapMachine(slots, observer, topology.host.replicas, topology.hedge_ns),
         [VcpuMachine(cpu, v, i, profile, host_async, observer) for cpu, (v, i) in enumerate(numbers)],
     )

@@ -23,6 +23,7 @@ import numpy as np
 import zmq
 
 from host import events as ev
+from host.copies import SLOTS_PER_DAEMON
 from host.faults import HostFaults
 from host.image import Restoring, Saving
 from host.logged import Recording, start_recording
@@ -31,7 +32,7 @@ from host.memory import HostMemory, VmMemory
 from host.remote import RemoteDaemons
 from host.schedule import Guest, Schedule
 from host.setup import ShellObserver, build_machines, memslots
-from host.swap import SLOTS_PER_DAEMON, op_of
+from host.swap import op_of
 from proto import atomics, link, wire
 from proto.faults import FaultMachine
 from proto.layout import (
@@ -63,6 +64,8 @@ PONG_BOUND_NS: Final = 5_000_000_000
 """A daemon that answers no heartbeat for this long is reported for a restart: ten beats, far above any scheduling delay seen."""
 LAMPORT_LEAP_MAX: Final = 1 << 36
 """Events that a peer may have recorded since its last message: a million each second for 19 hours."""
+GONE_TEXT_MAX: Final = 300
+"""Of the reason why a daemon is gone, where more is said in the same message."""
 TIMERS_PER_VCPU: Final = 64
 """Timers kept before those that were armed anew are thrown away."""
 WORDS: Final = 512
@@ -75,6 +78,7 @@ class Daemon:
         "early",
         "epoch",
         "fenced",
+        "gone",
         "identity",
         "last_pong_ns",
         "next_epoch",
@@ -97,6 +101,8 @@ class Daemon:
         self.last_pong_ns = 0
         self.ping_nonce = 0
         self.reported = False
+        self.gone = ""
+        """Why it never comes back."""
 
 
 class HostShell:
@@ -154,11 +160,11 @@ class HostShell:
             ev.Answer: lambda e: self.routed.append((self.vcpus[e.cpu], e)),
             ev.Fetched: lambda e: self.routed.append((self.vcpus[e.cpu], e)),
             ev.OutOfMemory: self._out_of_memory,
-            ev.SwapIn: self._to_swap,
-            ev.SwapOut: self._to_swap,
-            ev.SlotFree: self._to_swap,
-            ev.SwapInDone: self._to_vm,
-            ev.SwapOutDone: self._to_vm,
+            **dict.fromkeys((ev.SwapIn, ev.SwapInBad, ev.SwapOut, ev.SlotFree, ev.FrameLent), self._to_swap),
+            **dict.fromkeys(
+                (ev.SwapInDone, ev.SwapOutDone, ev.LendFrame, ev.FrameBack, ev.SlotsLost), self._to_vm
+            ),
+            ev.PagesLost: self._pages_lost,
             **self._image_effects(),
         }
         if self.faults is not None:
@@ -237,6 +243,7 @@ class HostShell:
             slots,
             self._feed,
             lambda why: self._to_launcher(wire.Failed(why)),
+            self.give_up,
         )
 
     def _faults(self) -> HostFaults | None:
@@ -282,6 +289,8 @@ class HostShell:
             due = min(due, self.timers[0][0])
         if self.faults is not None and (fault_ns := self.faults.next_ns(now)) is not None:
             due = min(due, fault_ns)
+        if (hedge_ns := self.swap.next_hedge_ns) > 0:
+            due = min(due, hedge_ns)
         if self.started and not self.stopped:
             due = min(due, self.stop_at_ns)
             if self.schedule.open:
@@ -323,6 +332,8 @@ class HostShell:
             self._heartbeat(now)
             if self.swap.outstanding:
                 self._feed(self.swap, ev.LookAtRequests())
+        elif 0 < self.swap.next_hedge_ns <= now:
+            self._feed(self.swap, ev.LookAtRequests())
 
     def _scheduled(self, now: int) -> None:
         """Begin what the topology wants now, count what has come to its end."""
@@ -429,7 +440,7 @@ class HostShell:
     def _daemon_hello(self, number: int, epoch: int, identity: bytes) -> None:
         daemon = self.daemons[number]
         again = epoch == daemon.epoch and daemon.up
-        if epoch != daemon.next_epoch and not again:
+        if daemon.gone or (epoch != daemon.next_epoch and not again):
             raise WireError(
                 Nack.STALE_EPOCH, f"daemon {number}: epoch {epoch}, {daemon.next_epoch} may come next"
             )
@@ -576,7 +587,28 @@ class HostShell:
         self, peer: tuple[str, int, int], identity: bytes, message: wire.DaemonGone, _: Sequence[bytes]
     ) -> None:
         self._from_launcher(peer, message.daemon)
-        self._to_launcher(wire.Failed(f"swapd-{message.daemon} is gone: {message.reason}"))
+        if self.daemons[message.daemon].up or not self.daemons[message.daemon].fenced:
+            raise WireError(
+                Nack.NOT_EXPECTED, f"daemon {message.daemon} is not fenced", wire.Kind.DAEMON_GONE
+            )
+        self.give_up(message.daemon, message.reason)
+
+    def give_up(self, number: int, reason: str) -> None:
+        """A daemon never comes back. The run goes on with the other copies of its pages, or ends with the reason."""
+        daemon = self.daemons[number]
+        if daemon.gone:
+            return
+        daemon.gone = reason
+        if daemon.up:
+            # Elsewhere: its pages come in messages only, and none of them is taken any more.
+            daemon.up = False
+            self._feed(self.swap, ev.DaemonLost(number, daemon.epoch))
+            self._feed(self.swap, ev.DaemonFenced(number, daemon.epoch))
+        self._feed(self.swap, ev.DaemonGone(number))
+
+    def _pages_lost(self, effect: ev.PagesLost) -> None:
+        where = f"; {effect.pages} pages were only there" if effect.pages else ""
+        self._to_launcher(wire.Failed(f"{self.daemons[effect.daemon].gone[:GONE_TEXT_MAX]}{where}"))
 
     def _stop_message(
         self, peer: tuple[str, int, int], identity: bytes, message: wire.Stop, _: Sequence[bytes]

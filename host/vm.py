@@ -3,7 +3,8 @@
 The host page table (columns over host virtual pages, HPT_* states of host/kernels.py) is the truth; nested tables only cache it.
 
 Invariants
-* A frame is in exactly one place: the free stack, owned by a page, or held for an unanswered request that names it (``_pinned``).
+* A frame is in exactly one place: the free stack, owned by a page, held for an unanswered write that names it (``_pinned``), or lent to
+  the swap machine for a further read of a page (``lent``).
 * A page leaves a nested table in this order: clear the entry, bump the flush generation, wait for every vCPU of the VM to
   acknowledge or to be outside guest mode, checksum, write. Its frame is free only after the write was acknowledged (or, clean,
   after the grace). Until then a fault takes the page back.
@@ -30,20 +31,26 @@ from host.events import (
     Fetch,
     Fetched,
     Found,
+    FrameBack,
+    FrameLent,
     GetPage,
     GuestRead32,
     GuestWrite32,
     Gup,
+    LendFrame,
     LoadPage,
     LoadSlots,
     LookAtGrace,
     OutOfMemory,
     PageLoaded,
     PageSaved,
+    PagesLost,
     SavePage,
     SetMemslots,
     SlotFree,
+    SlotsLost,
     SwapIn,
+    SwapInBad,
     SwapInDone,
     SwapOut,
     SwapOutDone,
@@ -74,9 +81,6 @@ from proto.machine import Machine, MachineError, Path
 from proto.stats import HostCounter
 from proto.trace import Kind
 from proto.units import FLUSH_BATCH, PAGE_SIZE
-
-READ_ATTEMPTS_MAX: Final = 3
-"""Reads of one page whose checksum may fail before the page is poisoned."""
 
 _NEEDS_FRAME: Final = -1
 """Internal rung: the page needs a frame and none is free."""
@@ -127,11 +131,11 @@ class VmMachine(Machine):
         self._unmapped: list[deque[_Unmapped]] = [deque() for _ in range(memory.vm_count)]
         self._hands: dict[Range, int] = {}
         self._next_range = 0
-        self._read_attempts: dict[int, int] = {}
         self._writes: dict[int, int] = {}
         self._serial = 0
         self._pinned: dict[int, int] = {}
         self._limbo: set[int] = set()
+        self.lent: set[int] = set()
         self._evicting = 0
         self._reclaiming = False
         self.swap_full = False
@@ -143,6 +147,9 @@ class VmMachine(Machine):
             GuestRead32: self._guest_access,
             GuestWrite32: self._guest_access,
             SwapInDone: self._swap_in_done,
+            LendFrame: self._lend_frame,
+            FrameBack: self._frame_back,
+            SlotsLost: self._slots_lost,
             SwapOutDone: self._swap_out_done,
             LookAtGrace: lambda _: None,
             SavePage: self._save_page,
@@ -190,7 +197,13 @@ class VmMachine(Machine):
             self._feed_frame_waiters()
         if self._reclaiming or self.free_count < self.limits.low or self._frame_waiters:
             self._reclaim()
-        if self.swap_full and self._frame_waiters and not self._evicting and not self._writes:
+        if (
+            self.swap_full
+            and self._frame_waiters
+            and not self._evicting
+            and not self._writes
+            and not self.lent
+        ):
             self.emit(OutOfMemory(len(self._frame_waiters)))
 
     @property
@@ -448,37 +461,77 @@ class VmMachine(Machine):
     # -- swap-in -------------------------------------------------------------------------------------------
     def _swap_in_done(self, event: SwapInDone) -> None:
         hvp, frame = event.hvp, event.frame
-        if self._state[hvp] != HPT_READING or self._frame[hvp] != frame:
+        if self._state[hvp] != HPT_READING or (self._frame[hvp] != frame and frame not in self.lent):
             raise MachineError(
                 f"swap-in of page {hvp} into frame {frame}, which is in state {self._state[hvp]}"
             )
-        good = event.ok and self.memory.checksum(frame) == event.xxh3
-        if not good:
-            self._bad_read(event)
+        if self._frame[hvp] != frame:
+            self._exchange(hvp, frame)
+        if not event.ok:
+            self._poison(hvp)
+            return
+        if self.memory.checksum(frame) != event.xxh3:
+            # Its reply has come, so nothing else lands in this frame.
+            self.obs.count(HostCounter.CHECKSUM_ERRORS)
+            self.emit(SwapInBad(hvp, event.slot, frame, event.copy))
             return
         self.obs.trace(Kind.SWAP_IN_DONE, a=hvp, b=event.slot, c=frame)
         self.obs.count(HostCounter.SWAP_IN_PAGES)
-        self._read_attempts.pop(hvp, None)
         self._move(hvp, "arrive")
         self._flags[hvp] = F_YOUNG
+        if event.rewrite:
+            self.obs.count(HostCounter.REWRITTEN)
+            self._flags[hvp] |= F_DIRTY
+            self._slot[hvp] = -1
+            self._free_slot(event.slot)
         self._serve(hvp)
 
-    def _bad_read(self, event: SwapInDone) -> None:
-        """Wrong checksum or failed I/O: read again into the same frame (its reply has come, so nothing else lands there)."""
-        if event.ok:
-            self.obs.count(HostCounter.CHECKSUM_ERRORS)
-        attempts = self._read_attempts.get(event.hvp, 0) + 1
-        self._read_attempts[event.hvp] = attempts
-        if attempts < READ_ATTEMPTS_MAX:
-            self.obs.count(HostCounter.IO_RETRIES)
-            self.emit(SwapIn(event.hvp, event.slot, event.frame))
-            return
+    def _poison(self, hvp: int) -> None:
+        """No copy can be read: the page is lost, and whoever touches it gets a machine check."""
         self.obs.count(HostCounter.IO_ERRORS)
-        self._read_attempts.pop(event.hvp)
-        self._move(event.hvp, "poison")
-        self._frame[event.hvp] = -1
-        self._give_frame(event.frame)
-        self._serve(event.hvp)
+        frame, slot = self._frame[hvp], self._slot[hvp]
+        self._move(hvp, "poison")
+        self._frame[hvp] = self._slot[hvp] = -1
+        self.emit(SlotFree(slot))
+        self._give_frame(frame)
+        self._serve(hvp)
+
+    # -- further reads of a page -----------------------------------------------------------------------------
+    def _lend_frame(self, event: LendFrame) -> None:
+        """A landing frame for a second read; none for a page that nobody reads any more, or while others wait for frames."""
+        frame = -1
+        if self._state[event.hvp] == HPT_READING and self.free_count and not self._frame_waiters:
+            self.free_count -= 1
+            frame = self._free[self.free_count]
+            self.lent.add(frame)
+        self.emit(FrameLent(event.hvp, frame))
+
+    def _exchange(self, hvp: int, frame: int) -> None:
+        """The page came in a lent frame; the one that was meant for it stays lent until nothing can land there."""
+        own = self._frame[hvp]
+        self.lent.remove(frame)
+        self.lent.add(own)
+        self._owner[own] = -1
+        self._owner[frame] = hvp
+        self._frame[hvp] = frame
+
+    def _frame_back(self, event: FrameBack) -> None:
+        if event.frame not in self.lent:
+            raise MachineError(f"frame {event.frame} comes back and was not lent")
+        self.lent.remove(event.frame)
+        self._push_free(event.frame)
+
+    def _slots_lost(self, event: SlotsLost) -> None:
+        """Pages that are in memory are dirty from now on; one that was only there ends the run."""
+        pages = 0
+        for hvp in np.flatnonzero(np.isin(self.slot_of, np.array(event.slots, np.int64))).tolist():
+            if self._state[hvp] in (HPT_SLOT, HPT_READING):
+                pages += 1
+            elif hvp not in self._writes:
+                self._slot[hvp] = -1
+                self._flags[hvp] = (self._flags[hvp] | F_DIRTY) & ~F_ZEROED
+        if pages or event.fatal:
+            self.emit(PagesLost(event.daemon, pages))
 
     # -- reclaim -------------------------------------------------------------------------------------------
     def _reclaim(self) -> None:

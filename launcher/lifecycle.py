@@ -5,7 +5,8 @@ how the run ends. launcher/supervisor.py performs the effects.
 
 Order of a run: host; when its sockets are bound, daemons and vCPUs; the start barrier; the measured time, which the host ends; the
 end of every vCPU. A daemon that ends is told to the host, then fenced (no I/O of it can land any more), then the fence is told,
-then its successor starts with the next epoch.
+then its successor starts with the next epoch. One that may not be started again is told to be gone: the host decides whether the run
+can go on without it.
 
 Invariants: effects are performed in the order given, each before the next; after `End` no further effect is given; a successor
 never starts before the fence; every wait has a bound, so that a run ends at most `warm + setup + seconds + drain` after its start.
@@ -148,6 +149,8 @@ class _Daemon:
     """Its death was ordered by the schedule of faults."""
     unwanted: bool = False
     """The host wants it replaced; its process id is not known yet."""
+    gone: str = ""
+    """Why it is not started again."""
 
 
 @dataclass(slots=True)
@@ -176,6 +179,11 @@ class Lifecycle:
     def restarts(self) -> int:
         """Daemons started again so far."""
         return sum(daemon.budget.restarts for daemon in self._daemons)
+
+    @property
+    def gone(self) -> list[str]:
+        """Daemons that are not started again, each with the reason."""
+        return [daemon.gone for daemon in self._daemons if daemon.gone]
 
     @property
     def pids(self) -> dict[Child, int]:
@@ -210,7 +218,12 @@ class Lifecycle:
             case wire.Finished() if self.phase is not Phase.OVER:
                 return self._end("interrupted" if self._signals else "finished", orderly=True)
             case wire.Failed(reason) if self.phase is not Phase.OVER:
-                return self._end(f"failed:{reason}", culprit="host-0")
+                lost = [
+                    d
+                    for d, daemon in enumerate(self._daemons)
+                    if daemon.gone and reason.startswith(f"swapd-{d} ")
+                ]
+                return self._end(f"failed:{reason}", culprit=f"swapd-{lost[0]}" if lost else "host-0")
             case wire.RestartWanted(daemon, epoch, _):
                 return self._restart_wanted(daemon, epoch)
         return []
@@ -336,12 +349,8 @@ class Lifecycle:
         state.pid, state.ordered, state.unwanted = 0, False, False
         effects: list[Effect] = [Tell(wire.DaemonDown(d, epoch)), Fence(d), Tell(wire.DaemonFenced(d, epoch))]
         if why:
-            text = f"{child.name} {why}, at last {describe_status(status)}"
-            return [
-                *effects,
-                Tell(wire.DaemonGone(d, text)),
-                *self._end(f"failed:{text}", culprit=child.name),
-            ]
+            state.gone = f"{child.name} {why}, at last {describe_status(status)}"
+            return [*effects, Tell(wire.DaemonGone(d, state.gone))]
         state.epoch += 1
         state.started_ns = now_ns
         return [*effects, Fork([Child("swapd", d, state.epoch)])]

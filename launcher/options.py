@@ -17,7 +17,7 @@ MODES = ("sync", "halt", "exception", "interrupt")
 PROFILES = ("v3", "v7", "mainline")
 SIM_FAULTS = (
     "kill", "stop", "read_error", "write_error", "short_read", "bit_flip", "bad_block", "drop", "duplicate", "delay",
-    "restart",
+    "restart", "gone",
 )  # fmt: skip
 """As sim/plan.py has them; a test compares."""
 _UNIT_NS = {"us": 1_000, "ms": 1_000_000, "s": 1_000_000_000, "m": 60 * 1_000_000_000}

@@ -74,7 +74,7 @@ def run_plan(plan: SimPlan) -> SimOutcome:
 
 def judge(emulator: Emulator) -> list[str]:
     """What does not hold, as lines: invariants by number first."""
-    stopped = bool(emulator.failures)
+    stopped = bool(emulator.failures) or emulator.pages_lost > 0
     if lost := _lost_kernel_pages(emulator):
         # As on hardware, the end of that guest; how soon it notices is not promised. What happened until then must be right.
         found = invariants(
@@ -84,7 +84,13 @@ def judge(emulator: Emulator) -> list[str]:
         found = [line for line in found if not line.startswith("I49 ")]
         return [*found, *_misread(emulator)]
     # Where nothing can happen any more, whoever still waits will wait for ever: liveness can be judged.
-    cut = emulator.failures[0] if stopped and not emulator.stuck else ""
+    cut = ""
+    if stopped and not emulator.stuck:
+        cut = (
+            emulator.failures[0]
+            if emulator.failures
+            else f"{emulator.pages_lost} pages were lost with a daemon"
+        )
     broken = invariants(emulator.plan.profile, emulator.log.events(), cut, finished=not stopped)
     found = [*broken, *emulator.failures, *_misread(emulator)]
     if not stopped:
@@ -130,8 +136,8 @@ def _left_over(emulator: Emulator) -> list[str]:
         if linked != used:
             found.append(f"vm {v}: {linked} nodes in the sleeper table, {used} of them dummies")
     killed = guests.counter(VC_TASKS_KILLED)
-    if killed and not emulator.faults.fired["bad_block"]:
-        found.append(f"{killed} tasks were killed, and no block was bad")
+    if killed and not _can_lose_pages(emulator):
+        found.append(f"{killed} tasks were killed, and no page can have lost all its copies")
     vm = emulator.host.vm
     owned = vm.frame_of[np.isin(vm.state, _HAS_FRAME)]
     frames = np.concatenate([owned[owned >= 0], vm.free[: vm.free_count]])
@@ -139,7 +145,25 @@ def _left_over(emulator: Emulator) -> list[str]:
         found.append(
             f"{len(np.unique(frames))} of {emulator.plan.frames} frames are accounted for, {len(frames)} times"
         )
-    slots = int((vm.slot_of >= 0).sum())
-    if slots != emulator.host.swap.slots_used:
-        found.append(f"{slots} pages have a slot, {emulator.host.swap.slots_used} slots are in use")
+    if vm.lent:
+        found.append(f"frames {sorted(vm.lent)} are lent for reads that are over")
+    copies = emulator.host.swap.copies
+    named = sorted(copy for slot in vm.slot_of[vm.slot_of >= 0].tolist() for copy in copies.copies(slot))
+    blocks = sorted(copies.blocks_used())
+    if named != blocks or len(blocks) != copies.used:
+        found.append(
+            f"pages have {len(named)} copies in slots, {len(blocks)} blocks are in use, counted {copies.used}"
+        )
     return found
+
+
+_LEAVE_ONE_COPY: Final = ("kill", "gone", "write_error", "stall", "drop", "delay", "restart")
+"""Faults after which a page may have one copy only."""
+
+
+def _can_lose_pages(emulator: Emulator) -> bool:
+    """Whether some page may have been unreadable: a bad block, and where pages have two copies something that cost the other one."""
+    fired = emulator.faults.fired
+    if emulator.plan.replicas == 1 or not fired["bad_block"]:
+        return fired["bad_block"] > 0
+    return fired["bad_block"] > 1 or any(fired[kind] for kind in _LEAVE_ONE_COPY)

@@ -322,6 +322,8 @@ class Supervisor:
             self._progress.say(f"{end.ended.removeprefix('failed:')}: ending the run")
         outcome.start_ns = self._life.start_ns
         outcome.restarts = self._restarts_before + self._life.restarts
+        if not end.ended.startswith("failed:"):
+            outcome.details += [f"{why}; the run went on without it" for why in self._life.gone]
         if end.ended.startswith(("failed:timeout", "failed:stalled")):
             outcome.details += self._watch.describe_vcpus()
 
@@ -343,7 +345,7 @@ class Supervisor:
 
     def _on_measured_time(self, now_ns: int) -> None:
         outcome = self.outcome
-        outcome.outage.sample(now_ns, self._watch.work(), self._watch.host(HostCounter.RESTARTS))
+        outcome.outage.sample(now_ns, self._watch.work(), self._watch.daemons_back())
         if outcome.at_stop is None and self._watch.stopped():
             # Before the copy of all figures, which is the launcher's own and only made now.
             outcome.usage.end(now_ns, self._pids_by_role(), self._watch.exits())
@@ -403,7 +405,7 @@ class Supervisor:
     def _daemon_ended(self, daemon: int, now_ns: int) -> None:
         if self._life.phase is Phase.OVER:
             return
-        connected = self._watch.host(HostCounter.RESTARTS)
+        connected = self._watch.daemons_back()
         self.outcome.outage.down(daemon, now_ns, self._watch.work(), connected)
 
     def _connect(self) -> None:

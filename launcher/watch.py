@@ -75,6 +75,10 @@ class Watch:
         """A counter of the host."""
         return self._host.get(counter)
 
+    def daemons_back(self) -> int:
+        """Deaths of daemons that the host has dealt with: a successor is connected, or it goes on without one."""
+        return self.host(HostCounter.RESTARTS) + self.host(HostCounter.DAEMONS_GONE)
+
     def stalled_tasks(self, now_ns: int, bound_ns: int) -> int:
         """Guest tasks that have waited for a page longer than ``bound_ns``."""
         before = np.uint64(max(0, now_ns - bound_ns))

@@ -133,6 +133,10 @@ class Kind(IntEnum):
     CLEAN_DROP = 106
     WRITEBACK_CANCEL = 107
     IO_ERROR = 108
+    COPY_BAD = 112
+    """A copy of a page on swap proved bad; its block is not used again."""
+    DAEMON_GONE = 113
+    """A daemon never comes back; slots_lost had their only copy there."""
 
     DAEMON_UP = 128
     DAEMON_DOWN = 129
@@ -214,6 +218,8 @@ FIELDS: Final[dict[Kind, tuple[str, ...]]] = {
     Kind.CLEAN_DROP: ("hvp", "slot", "frame"),
     Kind.WRITEBACK_CANCEL: ("hvp", "slot", "frame"),
     Kind.IO_ERROR: ("slot", "status", "attempt"),
+    Kind.COPY_BAD: ("hvp", "copy"),
+    Kind.DAEMON_GONE: ("daemon", "epoch", "slots_lost"),
     Kind.DAEMON_UP: ("daemon", "epoch"),
     Kind.DAEMON_DOWN: ("daemon", "epoch"),
     Kind.FENCED: ("daemon", "epoch"),

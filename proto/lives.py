@@ -252,6 +252,7 @@ class DaemonState(IntEnum):
     FENCED = 0
     UP = 1
     LOST = 2
+    GONE = 3
 
 
 DAEMON: Final = Transitions(
@@ -259,12 +260,14 @@ DAEMON: Final = Transitions(
     "A swap daemon, as the host sees it",
     "Killing a daemon is not a fence: what it asked of the disk may still land in a frame. So from LOST to FENCED its unanswered"
     " requests keep their frames and slots, and nothing is sent in their place. Each incarnation has an epoch, one more than the last;"
-    " replies of another epoch are dropped.",
+    " replies of another epoch are dropped. One that is GONE has no further incarnation: its pages go on from their other copies,"
+    " and a page that has none ends the run.",
     "host/swap.py",
     (
         State(DaemonState.FENCED, "no incarnation, and no I/O of an earlier one can land any more"),
         State(DaemonState.UP, "this epoch said HELLO: requests are sent"),
         State(DaemonState.LOST, "its process has ended; its I/O may still land"),
+        State(DaemonState.GONE, "it never comes back: its restarts are used up, or it was silent for too long"),
     ),
     (DaemonState.FENCED,),
     (
@@ -273,6 +276,7 @@ DAEMON: Final = Transitions(
         Arrow("lose", DaemonState.FENCED, DaemonState.LOST, "it ended before it said HELLO"),
         Arrow("lose", DaemonState.LOST, DaemonState.LOST, "its successor ended as well, before the fence"),
         Arrow("fence", DaemonState.LOST, DaemonState.FENCED, "the launcher fenced it"),
+        Arrow("give_up", DaemonState.FENCED, DaemonState.GONE, "nobody starts it again"),
     ),
 )  # fmt: skip
 

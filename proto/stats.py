@@ -118,6 +118,22 @@ class HostCounter(IntEnum):
     EVENTS_DONE = 49
     REBOOTS = 50
     """Resets of a whole machine that were complete."""
+    REPLICA_READS = 60
+    """Reads that went to another copy, because that of first choice was bad or its daemon was down."""
+    HEDGED = 61
+    """Reads that were late and were asked of the other copy, too."""
+    HEDGE_WINS = 62
+    """Of these, those that the other copy answered first."""
+    SINGLE_COPIES = 63
+    """Gauge: slots with one copy where two are wanted."""
+    QUARANTINED = 64
+    """Blocks that proved bad and are never given out again."""
+    DAEMONS_GONE = 65
+    """Daemons that never come back."""
+    REWRITTEN = 66
+    """Pages that came from a slot with too few copies and are written anew."""
+    FRAMES_REFUSED = 67
+    """Second reads that were not made, because no frame was free for them."""
 
 
 @unique

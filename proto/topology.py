@@ -104,8 +104,13 @@ class Topology:
 
     def swapd_pages(self) -> tuple[int, ...]:
         """Size of each daemon's swap file, in 4 KiB pages."""
-        share = -(-int(self.guest_pages * SWAP_PER_GUEST) // len(self.swapd))
+        share = -(-int(self.guest_pages * SWAP_PER_GUEST * self.host.replicas) // len(self.swapd))
         return tuple(daemon.size_mib * PAGES_PER_MIB or share for daemon in self.swapd)
+
+    @property
+    def hedge_ns(self) -> int:
+        """After how long a read is asked of the other copy, too; 0: never."""
+        return int(self.host.hedge_ms * 1e6) if self.host.replicas > 1 else 0
 
     def guest_identity(self) -> dict[str, Any]:
         """What an image of the guests has to fit: a host that restores it may differ in all else."""
@@ -289,6 +294,22 @@ def _check_host(topology: Topology, source: Source) -> None:
             host.allowance_mib,
             f"at least {-(-needed // PAGES_PER_MIB)} ({ASYNC_PF_PER_VCPU} pages for each vCPU"
             f" and {ALLOWANCE_SPARE_PAGES} more)",
+        )
+    if len(topology.swapd) < host.replicas:
+        refuse(
+            "copies of a page are on different daemons, and there are too few",
+            source,
+            "host.replicas",
+            host.replicas,
+            f"at most {len(topology.swapd)}, or another [[swapd]] table",
+        )
+    if host.hedge_ms and host.replicas == 1:
+        refuse(
+            "a read can be asked of another copy only where there is one",
+            source,
+            "host.hedge_ms",
+            host.hedge_ms,
+            "0, or replicas = 2 beside it",
         )
     if host.low_water_percent >= host.high_water_percent:
         refuse(

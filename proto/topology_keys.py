@@ -106,6 +106,19 @@ class Host:
         high=64,
         power_of_two=True,
     )
+    replicas: int = key(
+        1,
+        "Swap daemons that hold each page, each with a copy of its own; with 2 a run survives one that never comes back.",
+        low=1,
+        high=2,
+    )
+    hedge_ms: float = key(
+        0.0,
+        "With replicas = 2: a read that was not answered for this long is asked of the other copy, too; 0: never.",
+        unit="ms",
+        low=0,
+        high=60_000,
+    )
     slice_us: int = key(
         1500,
         "Longest time a vCPU holds a physical CPU while others wait.",
@@ -305,7 +318,7 @@ class Swapd:
 
     size_mib: int = key(
         0,
-        f"Size of the swap file; 0: this daemon's share of {SWAP_PER_GUEST} times the memory of all guests.",
+        f"Size of the swap file; 0: this daemon's share of {SWAP_PER_GUEST} times the memory of all guests, for each replica.",
         unit="MiB",
         low=0,
         high=2 * MIB_MAX,
@@ -361,7 +374,7 @@ class Swapd:
         "The model applies from the start barrier on, not while memory is filled.",
         only=_unless("model", MODELS, "none"),
     )
-    restart_limit: int = key(1000, "Restarts allowed in one run.", low=0, high=1_000_000)
+    restart_limit: int = key(1000, "Restarts allowed in one run; then it is given up.", low=0, high=1_000_000)
     connect: str = key(
         "",
         "Address tcp://HOST:PORT of a daemon elsewhere (`launch.py swapd`); empty: the run has its own.",
@@ -372,7 +385,7 @@ class Swapd:
     )
     give_up_seconds: float = key(
         60.0,
-        "With connect: the run ends when nothing was heard of the daemon for this long.",
+        "With connect: the daemon is given up when nothing was heard of it for this long; the run ends if pages are only there.",
         unit="s",
         low=1,
         high=86_400,

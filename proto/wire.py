@@ -323,7 +323,7 @@ class DaemonFenced(NamedTuple):
 
 
 class DaemonGone(NamedTuple):
-    """Launcher to host: restart budget used up."""
+    """Launcher to host: restart budget used up, the daemon never comes back. Answered with FAILED where the run cannot go on without it."""
 
     daemon: int
     reason: str

@@ -124,6 +124,16 @@ TOTALS: Final = {
     "io_errors": HostCounter.IO_ERRORS,
     "machine_checks": HostCounter.MACHINE_CHECKS,
     "bad_messages": HostCounter.BAD_MESSAGES,
+    "quarantined": HostCounter.QUARANTINED,
+    "daemons_gone": HostCounter.DAEMONS_GONE,
+}
+REPLICAS: Final = {
+    "replica_reads": HostCounter.REPLICA_READS,
+    "hedged": HostCounter.HEDGED,
+    "hedge_wins": HostCounter.HEDGE_WINS,
+    "frames_refused": HostCounter.FRAMES_REFUSED,
+    "rewritten": HostCounter.REWRITTEN,
+    "single_copies": HostCounter.SINGLE_COPIES,
 }
 
 
@@ -208,6 +218,11 @@ def build(
         "tasks": tasks,
         "events": {name: host_end.get(counter) for name, counter in EVENTS.items()},
         "totals": {name: host_end.get(counter) for name, counter in TOTALS.items()},
+        "replicas": (
+            {name: host_end.get(counter) for name, counter in REPLICAS.items()}
+            if topology.host.replicas > 1
+            else None
+        ),
         "restarts": facts.restarts,
         "uss_mib_per_vcpu": facts.memory["uss"] if facts.memory else None,
         "mapped_alone_mib_per_vcpu": facts.memory["mapped_alone"] if facts.memory else None,
@@ -390,12 +405,24 @@ def _warnings(topology: Topology, summary: Mapping[str, Any]) -> list[str]:
         warnings.append(f"guests rebooted {events['reboots']} times, and their tasks began again")
     if totals["io_errors"]:
         warnings.append(f"{totals['io_errors']} reads or writes of swap daemons failed for good")
+    if totals["quarantined"]:
+        warnings.append(f"{totals['quarantined']} blocks of swap files proved bad and were not used any more")
+    warnings += _replica_warnings(summary)
     warnings += [
         f"swapd-{d} adds a modelled service time ({daemon.model}) to the real reads"
         for d, daemon in enumerate(topology.swapd)
         if daemon.model != "none"
     ]
     return warnings
+
+
+def _replica_warnings(summary: Mapping[str, Any]) -> list[str]:
+    gone, replicas = summary["totals"]["daemons_gone"], summary["replicas"]
+    single = replicas["single_copies"] if replicas else 0
+    copies = f"{single} pages on swap had one copy only at the end"
+    if gone:
+        return [f"{gone} swap daemons did not come back" + (f"; {copies}" if replicas else "")]
+    return [copies] if single else []
 
 
 def _seconds(facts: RunFacts, at_stop: Snapshot | None) -> float:

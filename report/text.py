@@ -32,6 +32,8 @@ def render(summary: Mapping[str, Any]) -> str:
     ]
     if summary["restarts"]:
         rows.append(("daemons", f"{summary['restarts']} restarts"))
+    if summary["replicas"]:
+        rows.append(("replicas", _replicas(summary["replicas"])))
     if summary["outage"] and summary["outage"]["count"]:
         rows.append(("outages", _outage(summary["outage"])))
     rows += [("fault" if i else "faults", line) for i, line in enumerate(injected.lines(summary["injected"]))]
@@ -67,6 +69,11 @@ def _growth(growth: Mapping[str, Any]) -> Iterator[str]:
         rows = [row for row in growth["series"] if row["what"] == what]
         yield f"{what}: " + "; ".join(f"{row['of']} {row['start']:g} to {row['end']:g}" for row in rows)
     yield from (f"GROWS {why}" for why in growth["failures"])
+
+
+def _replicas(replicas: Mapping[str, Any]) -> str:
+    hedges = f"{replicas['hedged']:,} hedged, {replicas['hedge_wins']:,} of them won"
+    return f"{replicas['replica_reads']:,} reads from the other copy, {hedges}, {replicas['single_copies']:,} pages with one copy"
 
 
 def _moves(moves: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """The swap daemons of a simulated run: the daemon's request queue, a device with service times, links that misbehave, deaths and fences.
 
 A killed daemon's operations under way may still land until the fence, whole or in part, as direct I/O of a killed process does. Then the
-launcher's reports follow in their order: lost, fenced, and the next epoch says hello. Its file outlives it.
+launcher's reports follow in their order: lost, fenced, and the next epoch says hello; or that it is gone for good. Its file outlives it.
 
 Invariants: a link keeps the order of its messages unless a fault of the plan says otherwise; no operation of an old epoch lands after its
 fence was reported; an operation that a queue accepted is done once.
@@ -77,6 +77,8 @@ class Daemons:
         self._to_host = to_host
         self._daemons = [_Daemon() for _ in plan.daemons]
         self.deaths = 0
+        self.gone: set[int] = set()
+        """Daemons that do not come back."""
 
     def start(self) -> None:
         """The first epoch of every daemon comes up."""
@@ -132,8 +134,11 @@ class Daemons:
             return
         killed = False
         for fault in self._faults.due(d, TO_DAEMON):
-            if fault.kind == "kill":
+            if fault.kind in ("kill", "gone"):
                 killed = True
+                # The last one that is left only dies.
+                if fault.kind == "gone" and len(self.gone) < len(self._daemons) - 1:
+                    self.gone.add(d)
             else:
                 one.stalled_until_ns = now + fault.for_us * US
         start, at_once = one.queue.accept(requests, settled, now)
@@ -231,6 +236,9 @@ class Daemons:
 
     def _fenced(self, d: int, epoch: int) -> None:
         self._to_host(ev.DaemonFenced(d, epoch))
+        if d in self.gone:
+            self._to_host(ev.DaemonGone(d))
+            return
         self._agenda.after(
             self._chance.between(1, RESTART_NS), self._actors[d], lambda: self._hello(d, epoch + 1)
         )

@@ -1,9 +1,13 @@
-"""From a seed to a plan. Each seed draws its own machine, its own times and its own faults."""
+"""From a seed to a plan. Each seed draws its own machine, its own times and its own faults.
+
+One in three keeps two copies of each page; what that changes is drawn apart, so that the others stay what they are.
+"""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final
 
 from sim.plan import FAULTS, MODES_OF, DaemonPlan, FaultPlan, SimPlan, TaskPlan, VmPlan, pages_needed
@@ -27,6 +31,7 @@ LINK_US: Final = (0, 1, 5, 40)
 NTH: Final = (1, 2, 3, 5, 8, 20, 60)
 EXITS: Final = (1, 10, 30, 60, 100, 200, 300)
 CALM_US: Final = (2_000, 10_000, 40_000)
+HEDGE_US: Final = (0, 20, 100, 500)
 OP_NS: Final = 100
 SPARE_SLOTS: Final = 32
 TABLES: Final = 4
@@ -48,7 +53,7 @@ def draw(seed: int, profile: str | None = None, faults: Sequence[str] = FAULTS) 
     pages = sum(vm.memory_pages for vm in vms)
     count = rng.choice((1, 1, 1, 2))
     daemons = tuple(_daemon(rng, -(-pages // count) + SPARE_SLOTS) for _ in range(count))
-    return SimPlan(
+    plan = SimPlan(
         seed=seed,
         profile=name,
         mode=mode,
@@ -65,8 +70,26 @@ def draw(seed: int, profile: str | None = None, faults: Sequence[str] = FAULTS) 
         stop_us=0,
         vms=vms,
         daemons=daemons,
-        faults=_faults(rng, count, faults),
+        faults=_faults(rng, count, [kind for kind in faults if kind != "gone"]),
     )
+    return _with_replicas(plan, random.Random(f"replicas {seed}"), "gone" in faults)
+
+
+def _with_replicas(plan: SimPlan, rng: random.Random, may_go: bool) -> SimPlan:
+    """Two copies of each page in one of three plans, on two or three daemons; in half of these one daemon dies for good."""
+    if rng.random() >= 1 / 3:
+        return plan
+    count = rng.choice((2, 2, 3))
+    # Enough for all pages when one of them is gone.
+    slots = 2 * sum(vm.memory_pages for vm in plan.vms) // (count - 1) + SPARE_SLOTS
+    daemons = tuple(_daemon(rng, slots) for _ in range(count))
+    faults = tuple(
+        fault if fault.kind == "restart" else replace(fault, daemon=rng.randrange(count))
+        for fault in plan.faults
+    )
+    if may_go and rng.random() < 1 / 2:
+        faults += (FaultPlan("gone", rng.randrange(count), rng.choice(NTH)),)
+    return replace(plan, daemons=daemons, faults=faults, replicas=2, hedge_us=rng.choice(HEDGE_US))
 
 
 def _vm(rng: random.Random) -> VmPlan:

@@ -86,6 +86,8 @@ class Emulator:
         self.control = np.zeros(WORDS_PER_PAGE, np.uint64)
         self.sets = 0
         """Sets of host, daemons and vCPUs so far; what was arranged for an earlier one does not happen any more."""
+        self.pages_lost = 0
+        """Pages that were only with a daemon that is gone: the run ends in order, and is judged for what was before."""
         self.stuck = False
         """Nothing can happen any more, and the guests are not at their end."""
         self.failures: list[str] = []
@@ -113,6 +115,7 @@ class Emulator:
         self.host = HostSide(
             memory, slots, Limits(plan.low, plan.high, plan.populate, plan.zero_pages), [d.slots for d in plan.daemons], plan.cpus,
             PROFILES[plan.profile], plan.mode != "sync", HostSink(self.log, PROC_HOST), self._outside(), lambda: self.agenda.now_ns,
+            plan.replicas, plan.hedge_us * US,
         )  # fmt: skip
         self.guests = Guests(
             plan,
@@ -131,6 +134,8 @@ class Emulator:
         )  # fmt: skip
         self._io: dict[int, list[ev.SendIo]] = {}
         self._polling = self._looking = False
+        self._hedge_ns = 0
+        """When the host will look for late reads."""
         self._parked: list[list[int]] = [[] for _ in plan.cpus]
         for cpu, machine in enumerate(self.host.vcpus):
             machine.park_with(partial(self._parks, cpu))
@@ -158,6 +163,7 @@ class Emulator:
             ev.Enter: lambda e: self.guests.enter(e.cpu, e.record), ev.KickVcpu: lambda e: self.guests.kick(e.cpu),
             ev.SetTimer: self._set_timer, ev.SendIpi: self._ipi, ev.AtBarrier: self._at_the_barrier, ev.PoweredDown: lambda _: None,
             ev.SendIo: lambda e: self._io.setdefault(e.daemon, []).append(e), ev.OutOfMemory: self._out_of_memory,
+            ev.PagesLost: self._pages_lost,
             **dict.fromkeys(MOVED, self._moved),
         }  # fmt: skip
 
@@ -203,13 +209,13 @@ class Emulator:
             self.agenda.at(self.plan.calm_us * US, HOST, self._calm_down)
             step = self.agenda.step
             for _ in range(limit):
-                if self.failures or not step():
+                if self.failures or self.pages_lost or not step():
                     break
             else:
                 self.failures.append(f"not at an end after {limit} actions")
         except Exception as error:  # noqa: BLE001 - whatever a machine dies of is what this plan has found
             self.failures.append(_story(error))
-        if not self.failures and not self.host.off:
+        if not self.failures and not self.pages_lost and not self.host.off:
             self.stuck = True
             running = [str(cpu) for cpu, one in enumerate(self.host.vcpus) if one.where is not Where.OFF]
             self.failures.append(
@@ -245,6 +251,9 @@ class Emulator:
         if not self._looking and host.swap.outstanding:
             self._looking = True
             self.agenda.after(LOOK_NS, HOST, self._of_this_set(self._look_at_requests))
+        if 0 < host.swap.next_hedge_ns != self._hedge_ns:
+            self._hedge_ns = host.swap.next_hedge_ns
+            self.agenda.at(self._hedge_ns, HOST, self._of_this_set(self._look_for_late))
 
     def _poll_grace(self) -> None:
         self._polling = False
@@ -255,6 +264,11 @@ class Emulator:
         self._looking = False
         self.host.feed(self.host.swap, ev.LookAtRequests())
         self._after()
+
+    def _look_for_late(self) -> None:
+        if 0 < self.host.swap.next_hedge_ns <= self.agenda.now_ns:
+            self.host.feed(self.host.swap, ev.LookAtRequests())
+            self._after()
 
     def _set_timer(self, effect: ev.SetTimer) -> None:
         cpu, generation = effect.cpu, effect.generation
@@ -296,6 +310,11 @@ class Emulator:
 
     def _out_of_memory(self, effect: ev.OutOfMemory) -> None:
         self.failures.append(f"out of memory: {effect.waiting} faults wait for a frame, the swap is full")
+
+    def _pages_lost(self, effect: ev.PagesLost) -> None:
+        if not effect.pages:
+            self.failures.append(f"the run cannot do without daemon {effect.daemon}, where nothing was")
+        self.pages_lost = effect.pages
 
     # -- parked paths --------------------------------------------------------------------------------------
     def _parks(self, cpu: int, step: str) -> bool:

@@ -17,6 +17,7 @@ TO_DAEMON, EXIT = "to daemon", "exit"
 OCCASION: Final = {
     "kill": TO_DAEMON, "stop": TO_DAEMON, "drop": MESSAGE, "duplicate": MESSAGE, "delay": MESSAGE,
     "read_error": READ, "short_read": READ, "bit_flip": READ, "bad_block": READ, "write_error": WRITE, "restart": EXIT,
+    "gone": TO_DAEMON,
 }  # fmt: skip
 """What is counted for each kind."""
 _ROLE: Final = "swapd"

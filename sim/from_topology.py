@@ -48,7 +48,13 @@ def plan_of(topology: Topology, seed: int, faults: Sequence[str], seconds: float
         stop_us=int((topology.run.seconds if seconds is None else seconds) * US),
         vms=vms,
         daemons=daemons,
-        faults=tuple(replace(fault, daemon=fault.daemon % len(daemons)) for fault in drawn.faults),
+        faults=tuple(
+            replace(fault, daemon=fault.daemon % len(daemons))
+            for fault in drawn.faults
+            if fault.kind != "gone" or topology.host.replicas > 1
+        ),
+        replicas=topology.host.replicas,
+        hedge_us=int(topology.host.hedge_ms * 1000),
     )
 
 

@@ -51,11 +51,13 @@ class HostSide:
         observer: Observer,
         outside: Mapping[type[Any], Handler],
         clock: Callable[[], int],
+        replicas: int = 1,
+        hedge_ns: int = 0,
     ) -> None:
         self.memory = memory
         self.clock = clock
         self.vm = VmMachine(memory, slots, limits, observer)
-        self.swap = SwapMachine(swap_slots, observer)
+        self.swap = SwapMachine(swap_slots, observer, replicas, hedge_ns)
         self.vcpus = [
             VcpuMachine(cpu, vm, vcpu_id, profile, host_async, observer)
             for cpu, (vm, vcpu_id) in enumerate(cpus)
@@ -80,8 +82,9 @@ class HostSide:
         self.resets = MachineReset([[cpu for cpu, (vm, _) in enumerate(cpus) if vm == v] for v in range(vms)])
         self._effects: dict[type[Any], Handler] = {
             ev.GetPage: to_vm, ev.Translate: to_vm, ev.Fetch: to_vm, ev.CancelFetch: to_vm, ev.GuestRead32: to_vm,
-            ev.GuestWrite32: to_vm, ev.SwapInDone: to_vm, ev.SwapOutDone: to_vm,
-            ev.SwapIn: to_swap, ev.SwapOut: to_swap, ev.SlotFree: to_swap,
+            ev.GuestWrite32: to_vm, ev.SwapInDone: to_vm, ev.SwapOutDone: to_vm, ev.LendFrame: to_vm, ev.FrameBack: to_vm,
+            ev.SlotsLost: to_vm,
+            ev.SwapIn: to_swap, ev.SwapInBad: to_swap, ev.SwapOut: to_swap, ev.SlotFree: to_swap, ev.FrameLent: to_swap,
             ev.Answer: to_vcpu, ev.Fetched: to_vcpu,
             ev.ResetMachine: lambda e: to_vcpus(self.resets.begin(e.vm, e.cpu)),
             ev.WasReset: lambda e: to_vcpus(self.resets.was_reset(e.cpu)), ev.MemslotsSet: lambda _: None,

@@ -30,6 +30,7 @@ MODES_OF: Final = {
 SCHEDULES: Final = ("delays", "priorities")
 FAULTS: Final = (
     "kill", "stop", "read_error", "write_error", "short_read", "bit_flip", "bad_block", "drop", "duplicate", "delay", "restart",
+    "gone",
 )  # fmt: skip
 """What can happen:
 
@@ -39,6 +40,7 @@ FAULTS: Final = (
   bit
 * ``bad_block``: the block of the n-th read can never be read again
 * ``drop``, ``duplicate``, ``delay``: what becomes of the n-th message of the link, counted in both directions
+* ``gone``: as kill, and it never comes back; only where pages have two copies
 * ``restart``: with the n-th exit of a vCPU all guests are saved and go on in a fresh set of host, daemons and vCPUs
 """
 US: Final = 1_000
@@ -105,7 +107,8 @@ class SimPlan:
 
     frames: host memory; low, high: water marks; populate: pages that a first touch maps at once; park_percent: of named steps at which a
     path rests; link_us: longest delay of a message; calm_us: when faults stop and everything must drain; stop_us: after the start
-    barrier, when tasks without a number of operations are stopped, 0 = never.
+    barrier, when tasks without a number of operations are stopped, 0 = never; replicas: copies of each page; hedge_us: after how long a
+    read is asked of the other copy, too, 0 = never.
     """
 
     seed: int
@@ -125,6 +128,8 @@ class SimPlan:
     vms: tuple[VmPlan, ...]
     daemons: tuple[DaemonPlan, ...]
     faults: tuple[FaultPlan, ...] = ()
+    replicas: int = 1
+    hedge_us: int = 0
 
     @property
     def cpus(self) -> tuple[tuple[int, int], ...]:
@@ -143,7 +148,8 @@ class SimPlan:
         return {
             "seed": self.seed, "profile": self.profile, "mode": self.mode, "vcpus": "+".join(str(vm.vcpus) for vm in self.vms),
             "tasks": len(tasks), "pages": sum(task.pages for task in tasks), "ops": self.ops, "frames": self.frames,
-            "daemons": len(self.daemons), "service_us": f"{device.service_us}..{device.service_us_max}",
+            "daemons": len(self.daemons), "replicas": self.replicas, "hedge_us": self.hedge_us,
+            "service_us": f"{device.service_us}..{device.service_us_max}",
             "schedule": self.schedule, "park_percent": self.park_percent,
             "faults": ",".join(f"{fault.kind}@{fault.nth}" for fault in self.faults) or "none",
         }  # fmt: skip
@@ -205,16 +211,29 @@ def parse(values: Mapping[str, Any], where: str) -> SimPlan:
         vms=vms,
         daemons=daemons,
         faults=tuple(_fault(table, len(daemons)) for table in top.tables("fault", required=False)),
+        replicas=top.number("replicas", 1, 2, default=1),
+        hedge_us=top.number("hedge_us", 0, RUN_US_MAX, default=0),
     )
     top.finish()
-    pages = sum(vm.memory_pages for vm in vms)
-    if sum(daemon.slots for daemon in daemons) < pages:
-        top.refuse(
-            "daemon", "too few slots", sum(d.slots for d in daemons), f"at least {pages}, the guests' pages"
-        )
+    _check_daemons(top, plan)
     if not plan.stop_us and any(not task.ops for vm in vms for task in vm.tasks):
         top.refuse("stop_us", "some tasks have no number of operations", 0, "more than 0")
     return plan
+
+
+def _check_daemons(top: Reader, plan: SimPlan) -> None:
+    if len(plan.daemons) < plan.replicas:
+        top.refuse("replicas", "too few daemons", plan.replicas, f"at most {len(plan.daemons)}")
+    if plan.replicas == 1 and any(fault.kind == "gone" for fault in plan.faults):
+        top.refuse("fault", "pages of a daemon that is gone need another copy", "gone", "replicas = 2")
+    pages = plan.replicas * sum(vm.memory_pages for vm in plan.vms)
+    if sum(daemon.slots for daemon in plan.daemons) < pages:
+        top.refuse(
+            "daemon",
+            "too few slots",
+            sum(d.slots for d in plan.daemons),
+            f"at least {pages}, the guests' pages",
+        )
 
 
 def _vm(table: Reader) -> VmPlan:

@@ -186,7 +186,7 @@ class World:
             ev.WasReset: lambda e: self._to_vcpus(self.resets.was_reset(e.cpu)),
             ev.GetPage: to_vm, ev.Translate: to_vm, ev.Fetch: to_vm, ev.CancelFetch: to_vm, ev.GuestRead32: to_vm,
             ev.GuestWrite32: to_vm, ev.SwapInDone: to_vm, ev.SwapOutDone: to_vm,
-            ev.SwapIn: to_swap, ev.SwapOut: to_swap, ev.SlotFree: to_swap,
+            ev.SwapIn: to_swap, ev.SwapInBad: to_swap, ev.SwapOut: to_swap, ev.SlotFree: to_swap,
             ev.Answer: self._to_vcpu, ev.Fetched: self._to_vcpu,
             **dict.fromkeys((ev.Paused, ev.PageSaved, ev.PageLoaded, ev.Restored), self._moves),
         }  # fmt: skip

@@ -50,7 +50,14 @@ class _Host(_Quiet, HostShell):
         """None: nothing comes but what a test says. No daemon of this topology is elsewhere either."""
         self.context = zmq.Context.instance()
         self.remote = RemoteDaemons(
-            self, self.context, zmq.Poller(), self.topology, [], self._feed, self.failures.append
+            self,
+            self.context,
+            zmq.Poller(),
+            self.topology,
+            [],
+            self._feed,
+            self.failures.append,
+            self.give_up,
         )
 
     def _send(self, identity: bytes, message: Any, pages: Sequence[memoryview] = ()) -> bool:  # noqa: ARG002

@@ -78,6 +78,9 @@ class Bench:
         populate: int = 1,
         zero_pages: bool = True,
         vcpu_ids: tuple[int, ...] = (),
+        daemons: int = 1,
+        replicas: int = 1,
+        hedge_ns: int = 0,
     ) -> None:
         self.obs = Recorder()
         self.vcpu_pages = np.zeros(vcpus * WORDS, np.uint64)
@@ -90,7 +93,7 @@ class Bench:
         self.vm = VmMachine(
             self.memory, [Memslot(0, 0, pages, 0)], limits, self.obs, [Region(0, 0, pages + spare)]
         )
-        self.swap = SwapMachine([slots], self.obs)
+        self.swap = SwapMachine([slots] * daemons, self.obs, replicas, hedge_ns)
         ids = vcpu_ids or tuple(range(vcpus))
         self.vcpus = [
             VcpuMachine(cpu, 0, ids[cpu], PROFILES[profile], host_async, self.obs) for cpu in range(vcpus)
@@ -143,7 +146,7 @@ class Bench:
             self._change(effect)
         elif kind in (ev.Answer, ev.Fetched):
             self.routed.append((self.vcpus[effect.cpu], effect))
-        elif kind in (ev.SwapIn, ev.SwapOut, ev.SlotFree):
+        elif kind in (ev.SwapIn, ev.SwapInBad, ev.SwapOut, ev.SlotFree, ev.FrameLent):
             self.routed.append((self.swap, effect))
         elif kind is ev.SendIpi:
             self.routed.append((self.vcpus[effect.target], from_command(effect.target, effect.vector)))

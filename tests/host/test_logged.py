@@ -202,7 +202,7 @@ def test_a_host_that_died_of_a_bug_dies_of_it_again(tmp_path: Path) -> None:
     on(swap, (ev.DaemonUp(0, 0),), 1)
     on(vm, (ev.GetPage(0, 1, 0, 5, True, ev.Gup.WAIT),), 2)
     with pytest.raises(MachineError, match="swap-in of page 5"):
-        on(vm, (ev.SwapInDone(5, 0, 0, True, 0),), 3)
+        on(vm, (ev.SwapInDone(5, 0, 0, True, 0, 0, False),), 3)
     # Not closed: the process is gone.
     log = InputLog(path_of(tmp_path, "host"))
     tape = Tape(OPS)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from host import events as ev
-from host.swap import RESEND_NS, SLOTS_PER_DAEMON, WINDOW, SwapMachine, op_of
+from host.copies import SLOTS_PER_DAEMON
+from host.swap import ATTEMPTS_MAX, RESEND_NS, STRIKES_MAX, WINDOW, SwapMachine, op_of
 from proto.machine import MachineError
 from proto.stats import HostCounter
 from proto.wire import OP_READ, OP_WRITE
@@ -18,6 +19,17 @@ def machine(slots: tuple[int, ...] = (1000,), up: bool = True) -> tuple[SwapMach
     if up:
         for d in range(len(slots)):
             swap.on([ev.DaemonUp(d, 0)], 0)
+    return swap, obs
+
+
+def holding(
+    slots: tuple[int, ...] = (1000,), up: bool = True, pages: int = 1
+) -> tuple[SwapMachine, Recorder]:
+    """With slots 0 to ``pages`` - 1 of the first daemon in use."""
+    swap, obs = machine(slots, up)
+    for slot in range(pages):
+        assert swap.copies.take(lambda d: d == 0) == slot
+        swap.copies.written(slot, [slot], 0)
     return swap, obs
 
 
@@ -41,7 +53,7 @@ def test_write_then_read_returns_the_sum_of_the_acknowledged_write() -> None:
     assert done.ok
     (read,) = sent(swap.on([ev.SwapIn(0, done.slot, 9)], 0))
     (came,) = reply(swap, read)
-    assert came == ev.SwapInDone(0, done.slot, 9, True, 99)
+    assert came == ev.SwapInDone(0, done.slot, 9, True, 99, done.slot, False)
 
 
 def test_duplicate_and_foreign_replies_are_dropped_and_counted() -> None:
@@ -54,10 +66,10 @@ def test_duplicate_and_foreign_replies_are_dropped_and_counted() -> None:
 
 
 def test_unanswered_requests_are_sent_again_only_after_fence_and_new_epoch() -> None:
-    swap, obs = machine()
+    swap, obs = holding()
     (first,) = sent(write(swap, 1))
     assert swap.on([ev.DaemonLost(0, 0)], 0) == []
-    assert sent(swap.on([ev.SwapIn(3, 2, 4)], 0)) == [], "nothing is sent to a dead daemon"
+    assert sent(swap.on([ev.SwapIn(3, 0, 4)], 0)) == [], "nothing is sent to a dead daemon"
     with pytest.raises(MachineError):
         swap.on([ev.DaemonUp(0, 1)], 0)
     assert sent(swap.on([ev.DaemonFenced(0, 0)], 0)) == []
@@ -83,7 +95,7 @@ def test_a_reply_that_was_sent_before_the_death_still_counts() -> None:
 
 
 def test_death_before_hello() -> None:
-    swap, _ = machine(up=False)
+    swap, _ = holding(up=False)
     swap.on([ev.SwapIn(0, 0, 0)], 0)
     swap.on([ev.DaemonLost(0, 0)], 0)
     swap.on([ev.DaemonFenced(0, 0)], 0)
@@ -98,20 +110,22 @@ def test_window_bounds_what_is_out() -> None:
 
 
 def test_errors_are_retried_a_bounded_number_of_times_then_reported() -> None:
-    swap, obs = machine()
+    swap, obs = holding()
     (io,) = sent(swap.on([ev.SwapIn(0, 0, 0)], 0))
     attempts = 1
     effects = reply(swap, io, -5)
     while sent(effects):
         attempts += 1
         effects = reply(swap, sent(effects)[0], -5)
-    assert attempts == 3
-    assert effects == [ev.SwapInDone(0, 0, 0, False, 0)]
-    assert obs.counts[HostCounter.IO_ERRORS] == 1
+    assert attempts == ATTEMPTS_MAX * STRIKES_MAX
+    assert effects == [ev.SwapInDone(0, 0, 0, False, 0, -1, False)]
+    assert obs.counts[HostCounter.IO_ERRORS] == STRIKES_MAX
+    assert obs.counts[HostCounter.QUARANTINED] == 1
+    assert swap.slots_used == 0, "the block is used no more"
 
 
 def test_short_read_is_an_error_too() -> None:
-    swap, _ = machine()
+    swap, _ = holding()
     (io,) = sent(swap.on([ev.SwapIn(0, 0, 0)], 0))
     assert sent(reply(swap, io, 100)) != []
 
@@ -146,7 +160,7 @@ def test_slots_are_spread_over_daemons() -> None:
 
 
 def test_what_is_not_answered_for_long_is_sent_again_under_the_same_id() -> None:
-    swap, obs = machine()
+    swap, obs = holding()
     (first,) = sent(swap.on([ev.SwapIn(0, 0, 0)], 0))
     assert swap.on([ev.LookAtRequests()], RESEND_NS - 1) == []
     (again,) = sent(swap.on([ev.LookAtRequests()], RESEND_NS))
@@ -158,7 +172,7 @@ def test_what_is_not_answered_for_long_is_sent_again_under_the_same_id() -> None
 
 
 def test_a_daemon_that_is_down_is_not_asked_again() -> None:
-    swap, _ = machine()
+    swap, _ = holding()
     swap.on([ev.SwapIn(0, 0, 0)], 0)
     swap.on([ev.DaemonLost(0, 0)], 0)
     assert swap.on([ev.LookAtRequests()], RESEND_NS) == []
@@ -166,7 +180,7 @@ def test_a_daemon_that_is_down_is_not_asked_again() -> None:
 
 def test_a_failed_attempt_is_repeated_under_a_new_id() -> None:
     """The daemon remembers its answers and would give the same one again."""
-    swap, _ = machine()
+    swap, _ = holding()
     (io,) = sent(swap.on([ev.SwapIn(0, 0, 0)], 0))
     (again,) = sent(reply(swap, io, -5))
     assert again.request > io.request
@@ -191,7 +205,7 @@ def test_settled_are_the_ids_below_all_that_is_unanswered() -> None:
 
 
 def test_an_id_says_what_was_asked() -> None:
-    swap, _ = machine()
+    swap, _ = holding()
     (read,) = sent(swap.on([ev.SwapIn(0, 0, 0)], 0))
     (written,) = sent(write(swap, 1))
     assert (op_of(read.request), op_of(written.request)) == (OP_READ, OP_WRITE)

@@ -120,15 +120,34 @@ def test_a_dead_daemon_is_told_fenced_told_again_and_only_then_succeeded() -> No
     assert life.restarts == 2
 
 
-def test_the_restart_limit_ends_the_run_after_the_fence() -> None:
-    life = _running(limits=(1,))
+def test_at_the_restart_limit_the_host_decides() -> None:
+    life = _running(limits=(1, 1000))
     life.on_exited(Child("swapd", 0, 0), KILLED, S)
     effects = life.on_exited(Child("swapd", 0, 1), KILLED, 2 * S)
     assert effects[:3] == [Tell(wire.DaemonDown(0, 1)), Fence(0), Tell(wire.DaemonFenced(0, 1))]
-    assert isinstance(effects[3], Tell)
-    assert isinstance(effects[3].message, wire.DaemonGone)
-    assert _end(effects).ended.startswith("failed:swapd-0 used up its 1 restarts")
-    assert not any(isinstance(effect, Fork) for effect in effects)
+    (gone,) = (effect.message for effect in effects[3:] if isinstance(effect, Tell))
+    assert isinstance(gone, wire.DaemonGone)
+    assert gone.reason.startswith("swapd-0 used up its 1 restarts")
+    assert len(effects) == 4, "neither a successor nor the end"
+    assert life.phase is not Phase.OVER
+    assert life.gone == [gone.reason]
+    assert (
+        life.on_fault("swapd", 0, signal.SIGKILL)
+        == life.on_host(wire.RestartWanted(0, 1, "late"), 3 * S)
+        == []
+    )
+    assert life.on_exited(Child("swapd", 1, 0), KILLED, 4 * S)[-1] == Fork([Child("swapd", 1, 1)])
+
+
+@pytest.mark.parametrize(
+    ("reason", "culprit"),
+    [("swapd-0 used up its 0 restarts; 3 pages were only there", "swapd-0"), ("out of memory", "host-0")],
+)
+def test_the_host_ends_the_run_without_a_daemon_that_it_needs(reason: str, culprit: str) -> None:
+    life = _running(limits=(0,))
+    life.on_exited(Child("swapd", 0, 0), KILLED, S)
+    end = _end(life.on_host(wire.Failed(reason), 2 * S))
+    assert (end.ended, end.culprit) == (f"failed:{reason}", culprit)
 
 
 def test_starts_that_do_not_work_are_given_up() -> None:
@@ -139,9 +158,8 @@ def test_starts_that_do_not_work_are_given_up() -> None:
         assert not any(isinstance(effect, End) for effect in effects)
         now_ns += STABLE_NS // 2
         effects = life.on_exited(Child("swapd", 0, epoch), SEGV, now_ns)
-    assert (
-        "died 5 times in a row within 200 ms of its start, at last killed by SIGSEGV" in _end(effects).ended
-    )
+    assert "died 5 times in a row within 200 ms of its start, at last killed by SIGSEGV" in life.gone[0]
+    assert effects[-1] == Tell(wire.DaemonGone(0, life.gone[0]))
     assert life.restarts == QUICK_DEATHS_MAX - 1
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from host.vm import READ_ATTEMPTS_MAX
+from host.swap import STRIKES_MAX
 from proto.faults import (
     BAD_WORDS,
     FIRED,
@@ -197,7 +197,7 @@ def test_which_faults_may_cost_a_page() -> None:
 
 
 def test_the_tries_that_a_page_has_are_those_of_the_host() -> None:
-    assert READ_TRIES == READ_ATTEMPTS_MAX
+    assert READ_TRIES == STRIKES_MAX
 
 
 def test_bad_blocks_stay_bad_in_the_next_incarnation() -> None:

@@ -252,13 +252,12 @@ def area_without_memory() -> list[str]:
 
 
 # -- bugs ------------------------------------------------------------------------------------------------------
-def bad_read_is_forgotten(self: VmMachine, event: ev.SwapInDone) -> None:
+def bad_read_is_forgotten(self: VmMachine, hvp: int) -> None:
     """The worker ignores the error and says that it has fetched; the page is still on swap."""
-    self._read_attempts.pop(event.hvp, None)
-    self.state[event.hvp] = HPT_SLOT
-    self.frame_of[event.hvp] = -1
-    self._give_frame(event.frame)
-    for waiter in self._waiters.pop(event.hvp, ()):
+    self.state[hvp] = HPT_SLOT
+    self._give_frame(int(self.frame_of[hvp]))
+    self.frame_of[hvp] = -1
+    for waiter in self._waiters.pop(hvp, ()):
         self.emit(ev.Fetched(waiter.cpu, waiter.work))
 
 
@@ -326,7 +325,7 @@ BUGS: Final = (
         (Patch(AsyncPf, "clear", destroys_without_cancelling),),
         (Trial("steps a page comes after power-down", completion_after_power_down),)),
     Bug("BZ-18", "an error of the fetch is ignored", "Linux, unresolved", "mainline", ("I50",),
-        (Patch(VmMachine, "_bad_read", bad_read_is_forgotten),),
+        (Patch(VmMachine, "_poison", bad_read_is_forgotten),),
         (Trial("steps the device fails for ever", device_fails_for_ever),)),
     Bug("BZ-25", "the synthetic halt is kept in the saved run state", "v6 (review)", "mainline", ("I37", "I47"),
         (Patch(VcpuMachine, "_block", halt_in_mp_state(VcpuMachine._block)),),
