@@ -20,6 +20,8 @@ from proto.trace_tail import last_events
 from report.event_text import event_lines
 
 EVENTS_SHOWN: Final = 12
+KILLED: Final = "killed by "
+"""As launcher.zygote_link.describe_exit begins for a signal."""
 STORIES_MAX: Final = 4
 """Of more processes that died together only the names are told."""
 
@@ -41,7 +43,9 @@ class Blamed:
 
 @dataclass(slots=True)
 class Deaths:
-    """Deaths that nobody had asked for. died: of processes that may not die, in order. leaving: set it when they are told to go."""
+    """Deaths that nobody had asked for. died: of processes that may not die, in order. leaving: set it when they are told to go; who is
+    killed then, and not by us, died all the same.
+    """
 
     died: list[Blamed] = field(default_factory=list)
     leaving: bool = False
@@ -51,7 +55,7 @@ class Deaths:
         """A process has ended."""
         if death.child.role == "swapd":
             self._daemons[death.child.name] = death
-        elif not self.leaving:
+        elif not self.leaving or death.how.startswith(KILLED):
             self.died.append(death)
 
     def blamed(self, culprit: str, now_ns: int) -> list[Blamed]:

@@ -70,6 +70,7 @@ LEAVE_ORDERLY_S: Final = 3.0
 LEAVE_ABORT_S: Final = 0.2
 TOGETHER_S: Final = 0.05
 """Who dies this soon after the death that ends the run was not told to: it is named, too."""
+LEFT_NAMED_MAX: Final = 8
 ZYGOTE_STOP_S: Final = 5.0
 """Reaping waits for reads that the device has begun."""
 ORPHANS_S: Final = 5.0
@@ -348,10 +349,10 @@ class Supervisor:
         outcome.outage.sample(now_ns, self._watch.work(), self._watch.daemons_back())
         if outcome.at_stop is None and self._watch.stopped():
             # Before the copy of all figures, which is the launcher's own and only made now.
-            outcome.usage.end(now_ns, self._pids_by_role(), self._watch.exits())
+            outcome.usage.end(now_ns, self._pids_by_role())
             outcome.at_stop = self._watch.snapshot(now_ns)
         if outcome.usage.due(now_ns):
-            outcome.usage.take(now_ns, self._pids_by_role(), self._watch.exits())
+            outcome.usage.take(now_ns, self._pids_by_role())
         if self._memory_due_ns and now_ns >= self._memory_due_ns:
             self._memory_due_ns = 0
             vcpus = [pid for child, pid in self._life.pids.items() if child.role == "vcpu"]
@@ -437,6 +438,7 @@ class Supervisor:
     # -- the end ----------------------------------------------------------------------------------------------------------
     def tear_down(self) -> None:
         """End every process of the run, whatever state it is in, and release the sockets. Bounded."""
+        by_death = bool(self._deaths.died)
         try:
             self._wake_stopped()
             if not self.outcome.orderly:
@@ -445,6 +447,9 @@ class Supervisor:
             self._deaths.leaving = True
             if not self._zygote_gone:
                 self._let_leave(LEAVE_ORDERLY_S if self.outcome.orderly else LEAVE_ABORT_S)
+            if by_death:
+                self.outcome.blamed = list(self._deaths.died)
+                self.outcome.ended = self._deaths.text()
         finally:
             if not self._zygote_gone:
                 self._zygote.stop(ZYGOTE_STOP_S)
@@ -463,8 +468,6 @@ class Supervisor:
         while not self._zygote_gone and (left_s := deadline_s - time.monotonic()) > 0:
             if self._zygote.wait_report(left_s):
                 self._hear_zygote()
-        self.outcome.blamed = list(self._deaths.died)
-        self.outcome.ended = self._deaths.text()
 
     def _wake_stopped(self) -> None:
         """A process that stands still could not leave by itself."""
@@ -477,16 +480,24 @@ class Supervisor:
                 self._zygote.kill(pid, signal.SIGCONT)
 
     def _let_leave(self, timeout_s: float) -> None:
-        """Say goodbye and give the processes time to write down what they know."""
+        """Say goodbye and give the processes time to write down what they know: all of them, or after a failure the host alone, which
+        has the most to tell.
+        """
         self._tell(wire.Bye(0))
         deadline_s = time.monotonic() + timeout_s
-        while self._life.pids and not self._zygote_gone and (left_s := deadline_s - time.monotonic()) > 0:
+        while self._awaited() and not self._zygote_gone and (left_s := deadline_s - time.monotonic()) > 0:
             # The dealer and the signals do not matter any more: only the zygote's reports.
             if self._zygote.wait_report(left_s):
                 self._hear_zygote()
         if self.outcome.orderly and self._life.pids:
-            names = ", ".join(sorted(child.name for child in self._life.pids))
-            self.outcome.details.append(f"killed, since they did not leave by themselves: {names}")
+            names = sorted(child.name for child in self._life.pids)
+            more = f" and {len(names) - LEFT_NAMED_MAX} more" if len(names) > LEFT_NAMED_MAX else ""
+            self.outcome.details.append(
+                f"killed, since they did not leave by themselves: {', '.join(names[:LEFT_NAMED_MAX])}{more}"
+            )
+
+    def _awaited(self) -> bool:
+        return bool(self._life.pids) if self.outcome.orderly else Child("host", 0, 0) in self._life.pids
 
     def _reap_orphans(self) -> None:
         """Processes of a zygote that was killed are ours now: they are dead or about to be, and must not stay as zombies."""

@@ -11,11 +11,11 @@ Not handled here: what the samples mean (report/growth.py).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from report.growth import S, Sample, Use, groups, queue_room
+from report.growth import S, Sample, Use, groups
 
 SAMPLES: Final = 32
 EVERY_MIN_NS: Final = 1 * S
@@ -43,16 +43,16 @@ class Sampler:
         """Whether a sample is to be taken now."""
         return bool(self._every_ns) and now_ns >= self._due_ns
 
-    def take(self, now_ns: int, pids: Mapping[str, Sequence[int]], exits: Iterable[int] = ()) -> None:
-        """Look at the processes, by role. One that has just ended is left out. exits: of each vCPU so far."""
+    def take(self, now_ns: int, pids: Mapping[str, Sequence[int]]) -> None:
+        """Look at the processes, by role. One that has just ended is left out."""
         self._due_ns += (1 + max(0, now_ns - self._due_ns) // self._every_ns) * self._every_ns
         uses = {role: [use for pid in each if (use := use_of(pid))] for role, each in pids.items()}
-        self.samples.append(groups(now_ns, uses, queue_room(exits)))
+        self.samples.append(groups(now_ns, uses))
 
-    def end(self, now_ns: int, pids: Mapping[str, Sequence[int]], exits: Iterable[int] = ()) -> None:
+    def end(self, now_ns: int, pids: Mapping[str, Sequence[int]]) -> None:
         """The measured time is over: the last sample."""
         if self._every_ns:
-            self.take(now_ns, pids, exits)
+            self.take(now_ns, pids)
             self._due_ns = 1 << 63
 
 

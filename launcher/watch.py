@@ -59,10 +59,6 @@ class Watch:
         """Work units of all vCPUs so far."""
         return int(self._vcpus[:, VP_COUNTERS + VC_WORK].sum())
 
-    def exits(self) -> list[int]:
-        """Exits of each vCPU so far."""
-        return [int(number) for number in self._vcpus[:, VP_COUNTERS + VC_EXITS]]
-
     def all_booted(self) -> bool:
         """Whether every vCPU has left guest mode at least once, which it does for its boot."""
         return bool((self._vcpus[:, VP_COUNTERS + VC_EXITS] > 0).all())
