@@ -13,6 +13,7 @@ import gc
 import os
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Final
 
 import zmq
@@ -38,6 +39,15 @@ class SwapdShell:
     """See the module docstring."""
 
     def __init__(self, ctx: RunContext, daemon: int, epoch: int) -> None:
+        self._opened = ExitStack()
+        """What `close` gives back, the last one first, whatever fails meanwhile."""
+        try:
+            self._build(ctx, daemon, epoch)
+        except BaseException:
+            self._opened.close()
+            raise
+
+    def _build(self, ctx: RunContext, daemon: int, epoch: int) -> None:
         self.ctx = ctx
         self.daemon = daemon
         self.epoch = epoch
@@ -53,14 +63,18 @@ class SwapdShell:
             service_model(spec, ctx.topology.run.seed + daemon),
             own_buffers=buffers is not None,
         )
-        engine = open_engine(info.engine, info.fd, memory, spec.queue_depth)
         self.writer = ctx.trace(f"swapd-{daemon}-{epoch}", PROC_SWAPD + daemon)
+        self._opened.callback(self.writer.close)
+        engine = open_engine(info.engine, info.fd, memory, spec.queue_depth)
+        self._opened.callback(engine.close)
         self.service = Service(queue, engine, buffers, epoch, self.writer, self._send)
+        self._opened.callback(self.service.close)
         self.bad_messages = 0
         self.welcome = False
         self.hello_due_ns = 0
         self.leaving = False
         self.context = link.new_context()
+        self._opened.callback(self.context.destroy)
         endpoint = ctx.tcp_endpoint if spec.transport == "tcp" else ctx.endpoint
         self.socket = link.connect_dealer(self.context, endpoint, link.swapd_identity(daemon, epoch, ctx.key))
         self.poller = zmq.Poller()
@@ -70,16 +84,18 @@ class SwapdShell:
     def loop(self) -> None:
         """Until BYE."""
         self.writer.event(Kind.PROCESS_START, a=os.getpid())
-        while not self.leaving:
-            if not self.welcome and time.monotonic_ns() >= self.hello_due_ns:
-                self.hello_due_ns = time.monotonic_ns() + HELLO_EVERY_NS
-                self._send(wire.Hello(wire.Role.SWAPD, self.daemon, self.epoch, os.getpid()))
-            events = dict(self.poller.poll(POLL_MS))
-            if self.socket in events:
-                self._drain()
-            self.service.turn(events)
-            if self._aborted():
-                return
+        while not self.leaving and not self._aborted():
+            self.once()
+
+    def once(self) -> None:
+        """Wait for something, and do what it wants."""
+        if not self.welcome and time.monotonic_ns() >= self.hello_due_ns:
+            self.hello_due_ns = time.monotonic_ns() + HELLO_EVERY_NS
+            self._send(wire.Hello(wire.Role.SWAPD, self.daemon, self.epoch, os.getpid()))
+        events = dict(self.poller.poll(POLL_MS))
+        if self.socket in events:
+            self._drain()
+        self.service.turn(events)
 
     def _aborted(self) -> bool:
         control = self.ctx.segments.get("control")
@@ -127,11 +143,8 @@ class SwapdShell:
 
     def close(self) -> None:
         """Engine, socket, trace file."""
-        self.service.close()
         self.writer.event(Kind.PROCESS_END)
-        self.writer.close()
-        self.socket.close()
-        self.context.term()
+        self._opened.close()
 
 
 def warm() -> None:
