@@ -17,6 +17,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -158,9 +159,15 @@ class Saving:
             ],
         }
 
-    def _failed(self, error: OSError) -> None:
+    def close(self) -> None:
+        """Let the file go, finished or not."""
         if self._writer is not None:
             self._writer.close()
+
+    def _failed(self, error: OSError) -> None:
+        if self._writer is not None:
+            with suppress(OSError):  # what is still in its buffer: the disk may refuse that, too
+                self._writer.close()
             self._writer = None
         self._tell(wire.Failed(f"the image cannot be written: {error.strerror}"))
 
@@ -185,6 +192,10 @@ class Restoring:
         self._vcpus: list[dict[str, Any]] = meta["vcpus"]
         self._slots = tuple(Memslot(*slot) for slot in meta["memslots"])
         shell.writer.observe(meta["lamport"])
+
+    def close(self) -> None:
+        """Let the image go."""
+        self._image.close()
 
     @property
     def busy(self) -> bool:

@@ -233,10 +233,14 @@ def start_recording(
     log = InputLogWriter(
         folder / f"{ROLE}{inputlog.SUFFIX}", Description(ROLE, run_id, names, shapes, OPS, parks=False)
     )
-    recorder = InputRecorder(TYPES, log)
-    port, observed = RecordingMemory(memory, recorder.acts), RecordingObserver(observer, recorder.acts)
-    machines = build_machines(topology, slots, port, observed)
-    recorder.watch(machines.all())
+    try:
+        recorder = InputRecorder(TYPES, log)
+        port, observed = RecordingMemory(memory, recorder.acts), RecordingObserver(observer, recorder.acts)
+        machines = build_machines(topology, slots, port, observed)
+        recorder.watch(machines.all())
+    except BaseException:
+        log.close()
+        raise
     return Recording(machines, recorder, log)
 
 

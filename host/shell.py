@@ -15,6 +15,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -29,6 +30,7 @@ from host.image import Restoring, Saving
 from host.logged import Recording, start_recording
 from host.machine_reset import MachineReset, from_command
 from host.memory import HostMemory, VmMemory
+from host.outbox import RETRY_MS, Outbox
 from host.remote import RemoteDaemons
 from host.schedule import Guest, Schedule
 from host.setup import ShellObserver, build_machines, memslots
@@ -109,11 +111,21 @@ class HostShell:
     """See the module docstring. `loop` returns when the launcher says BYE or the run is aborted."""
 
     def __init__(self, ctx: RunContext) -> None:
+        self._opened = ExitStack()
+        """What `close` gives back, the last one first, whatever fails meanwhile."""
+        try:
+            self._build(ctx)
+        except BaseException:
+            self._opened.close()
+            raise
+
+    def _build(self, ctx: RunContext) -> None:
         self.ctx = ctx
         self.topology = ctx.topology
         self.control = ctx.segments["control"].u64
         self.vcpu_pages = ctx.segments["vcpus"].u64
         self.writer = ctx.trace("host", PROC_HOST)
+        self._opened.callback(self.writer.close)
         self.obs = ShellObserver(host_block(ctx.segments["stats"].u64), self.writer)
         self._on: Callable[[Machine, tuple[Any, ...], int], list[Any]] = Machine.on
         """Calls a machine: plainly, or written down."""
@@ -122,8 +134,12 @@ class HostShell:
         self.restoring: Restoring | None = None
         if ctx.image:
             self.restoring = Restoring(self, Path(ctx.image), self._feed, self._to_launcher)
+            self._opened.callback(self.restoring.close)
         self._sockets()
+        self.outbox = Outbox(self._send)
         self.faults = self._faults()
+        if self.faults is not None:
+            self._opened.callback(self.faults.close)
         self.timers: list[tuple[int, int, int]] = []
         self.routed: deque[tuple[Any, Any]] = deque()
         self.io: dict[int, list[ev.SendIo]] = {}
@@ -210,6 +226,7 @@ class HostShell:
                 self.memory,
                 self.obs,
             )
+            self._opened.callback(self.recording.log.close)
             self.vm, self.swap, self.vcpus = self.recording.machines
             self._on = self.recording.recorder.on
         else:
@@ -229,6 +246,7 @@ class HostShell:
     def _sockets(self) -> None:
         link.raise_descriptor_limit(64 + 4 * self.topology.total_vcpus)
         self.context = link.new_context()
+        self._opened.callback(self.context.destroy)
         self.router = link.bind_router(self.context, self.ctx.endpoint)
         if self.ctx.tcp_endpoint:
             self.router.bind(self.ctx.tcp_endpoint)
@@ -245,6 +263,7 @@ class HostShell:
             lambda why: self._to_launcher(wire.Failed(why)),
             self.give_up,
         )
+        self._opened.callback(self.remote.close)
 
     def _faults(self) -> HostFaults | None:
         """The schedule of what goes wrong, where there is one."""
@@ -262,21 +281,27 @@ class HostShell:
     def loop(self) -> None:
         """Until BYE or abort."""
         while not self.leaving and not self.control[CTL_ABORT]:
-            now = time.monotonic_ns()
-            if self.poller.poll(self._timeout_ms(now)):
-                self._drain()
-                self.remote.drain()
-            now = time.monotonic_ns()
-            self._due(now)
-            if self.faults is not None:
-                self.faults.turn(now)
-            if self.vm.grace_pending:
-                self._feed(self.vm, ev.LookAtGrace())
-            if (image := self.saving or self.restoring) is not None:
-                image.turn()
-            self._route()
-            if self.io:
-                self._send_io()
+            self.once()
+
+    def once(self) -> None:
+        """Wait for something, and do what it wants."""
+        now = time.monotonic_ns()
+        if self.poller.poll(self._timeout_ms(now)):
+            self._drain()
+            self.remote.drain()
+        now = time.monotonic_ns()
+        if self.outbox:
+            self.outbox.retry()
+        self._due(now)
+        if self.faults is not None:
+            self.faults.turn(now)
+        if self.vm.grace_pending:
+            self._feed(self.vm, ev.LookAtGrace())
+        if (image := self.saving or self.restoring) is not None:
+            image.turn()
+        self._route()
+        if self.io:
+            self._send_io()
 
     def _timeout_ms(self, now: int) -> int:
         image = self.saving or self.restoring
@@ -284,6 +309,8 @@ class HostShell:
             return 0
         if self.vm.grace_pending:
             return GRACE_POLL_MS
+        if self.outbox:
+            return RETRY_MS
         due = now + IDLE_POLL_MS * 1_000_000
         if self.timers:
             due = min(due, self.timers[0][0])
@@ -416,14 +443,14 @@ class HostShell:
         kind, number, epoch = peer
         if kind == "L":
             self.launcher = identity
-            self._send(identity, wire.HostReady(os.getpid()))
+            self.outbox.put(identity, wire.HostReady(os.getpid()))
             if self.restoring is not None:
                 self.restoring.begin()
         elif kind == "V" and message.role == wire.Role.VCPU and number < len(self.vcpus):
             if self.faults is not None:
                 self.faults.hello("vcpu", number, message.pid)
             if self.restoring is None:
-                self._send(identity, wire.Welcome(0, 0))
+                self.outbox.put(identity, wire.Welcome(0, 0))
             else:
                 self.restoring.hello(number)
         elif kind == "S" and message.role == wire.Role.SWAPD and self._is_ours(number):
@@ -569,6 +596,7 @@ class HostShell:
         daemon.up = False
         daemon.fenced = False
         daemon.next_epoch = message.epoch + 1
+        self.outbox.forget(daemon.identity)
         if daemon.early is not None and daemon.early[1] <= message.epoch:
             daemon.early = None
         self._feed(self.swap, ev.DaemonLost(message.daemon, message.epoch))
@@ -646,19 +674,26 @@ class HostShell:
 
     def _to_launcher(self, message: Message) -> None:
         if self.launcher is not None:
-            self._send(self.launcher, message)
+            self.outbox.put(self.launcher, message)
 
     def _enter(self, effect: ev.Enter) -> None:
         self.writer.lamport += 1
-        self._send(self.cpu_identity[effect.cpu], effect.record._replace(lamport=self.writer.lamport))
+        self.outbox.put(self.cpu_identity[effect.cpu], effect.record._replace(lamport=self.writer.lamport))
         if self.faults is not None and effect.record.inject == Inject.PF_NOT_PRESENT:
             self.faults.step("fault.announced", "vcpu", effect.cpu, time.monotonic_ns())
 
     def _kick(self, effect: ev.KickVcpu) -> None:
         """Send first, then ring: a vCPU that sees the bell will find the message."""
         self.writer.lamport += 1
-        self._send(self.cpu_identity[effect.cpu], wire.Kick(self.writer.lamport, effect.request))
-        atomics.py_add(self.vcpu_pages, effect.cpu * WORDS + VP_DOORBELL, np.uint64(1))
+        bell = effect.cpu * WORDS + VP_DOORBELL
+        self.outbox.put(
+            self.cpu_identity[effect.cpu],
+            wire.Kick(self.writer.lamport, effect.request),
+            lambda: self._ring(bell),
+        )
+
+    def _ring(self, bell: int) -> None:
+        atomics.py_add(self.vcpu_pages, bell, np.uint64(1))
 
     def _send_io(self) -> None:
         """One message per daemon and round."""
@@ -746,7 +781,7 @@ class HostShell:
         self.stop_at_ns = start_ns + int(self.topology.run.seconds * 1e9)
         for daemon in self.daemons:
             if daemon.up:
-                self._send(daemon.identity, wire.Model(1))
+                self.outbox.put(daemon.identity, wire.Model(1))
         self._to_launcher(wire.Started(start_ns))
 
     # -- images --------------------------------------------------------------------------------------------
@@ -779,12 +814,12 @@ class HostShell:
     def ask_registers(self, cpu: int) -> None:
         """Have a vCPU's process hand over what it holds."""
         self.writer.lamport += 1
-        self._send(self.cpu_identity[cpu], wire.Save(self.writer.lamport))
+        self.outbox.put(self.cpu_identity[cpu], wire.Save(self.writer.lamport))
 
     def give_registers(self, cpu: int, words: Any) -> None:
         """Let a fresh process go on from there."""
         self.writer.lamport += 1
-        self._send(self.cpu_identity[cpu], wire.Registers(self.writer.lamport, words))
+        self.outbox.put(self.cpu_identity[cpu], wire.Registers(self.writer.lamport, words))
 
     def _out_of_memory(self, effect: ev.OutOfMemory) -> None:
         """No frame, no slot: an orderly end instead of a hang."""
@@ -821,15 +856,10 @@ class HostShell:
             self._to_launcher(wire.Finished("all vCPUs powered down"))
 
     def close(self) -> None:
-        """Sockets, trace file, input log."""
-        if self.faults is not None:
-            self.faults.close()
-        self.writer.close()
-        if self.recording is not None:
-            self.recording.log.close()
-        self.remote.close()
-        self.router.close()
-        self.context.term()
+        """Sockets, trace file, input log, images, what faults hold."""
+        if self.saving is not None:
+            self._opened.callback(self.saving.close)
+        self._opened.close()
 
 
 _EXIT_REASONS: Final = frozenset(int(r) for r in wire.ExitReason)

@@ -1,4 +1,5 @@
-"""Reading small files that a user names: never more than a limit, never a pipe or a device, every failure a `UserError`.
+"""Reading small files that a user names: never more than a limit, never a pipe or a device, every failure a `UserError`; and writing
+what must not be written in part.
 
 Not handled here: what is in them; files that are read piece by piece (event files, traces, images).
 """
@@ -56,3 +57,10 @@ def is_there(path: Path, *, folder: bool = False) -> bool:
         return path.is_dir() if folder else path.is_file()
     except OSError:
         return False
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Write all of ``data``, in several calls where the system takes less at a time. OSError when it takes no more."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(fd, rest) :]

@@ -66,8 +66,16 @@ class ImageWriter:
         self._sections: list[list[Any]] = []
         self._at = HEADER_BYTES
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        self._file = os.fdopen(fd, "wb")
-        self._file.write(bytes(HEADER_BYTES))
+        try:
+            self._file = os.fdopen(fd, "wb")
+        except BaseException:
+            os.close(fd)
+            raise
+        try:
+            self._file.write(bytes(HEADER_BYTES))
+        except BaseException:
+            self._file.close()
+            raise
 
     @property
     def places(self) -> int:

@@ -27,6 +27,7 @@ import msgpack
 import xxhash
 
 from proto.errors import UserError
+from proto.files import write_all
 from proto.records import Shape
 
 MAGIC: Final = b"\x89APFIN\r\n"
@@ -123,7 +124,11 @@ class InputLogWriter:
         try:
             path.parent.mkdir(mode=0o700, exist_ok=True)
             self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            os.write(self._fd, data)
+            try:
+                write_all(self._fd, data)
+            except OSError:
+                os.close(self._fd)
+                raise
         except OSError as error:
             raise UserError(
                 f"the input log cannot be written: {error.strerror}", where=str(path), allowed="a new file"

@@ -64,6 +64,11 @@ _libc.mmap.argtypes = [
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
+# Closing needs no memory.
+_NO_BYTES: Final = np.empty(0, np.uint8)
+_NO_HALVES: Final = np.empty(0, np.uint32)
+_NO_WORDS: Final = np.empty(0, np.uint64)
+
 
 class Segment:
     """One mapped segment.
@@ -84,10 +89,14 @@ class Segment:
         self.size_bytes = size_bytes
         self.collapse_errno: int | None = None
         self._address = _map_aligned(fd, size_bytes)
-        buffer = (ctypes.c_uint8 * size_bytes).from_address(self._address)
-        self.u8: npt.NDArray[np.uint8] = np.ctypeslib.as_array(buffer)
-        self.u32: npt.NDArray[np.uint32] = self.u8.view(np.uint32)
-        self.u64: npt.NDArray[np.uint64] = self.u8.view(np.uint64)
+        try:
+            buffer = (ctypes.c_uint8 * size_bytes).from_address(self._address)
+            self.u8: npt.NDArray[np.uint8] = np.ctypeslib.as_array(buffer)
+            self.u32: npt.NDArray[np.uint32] = self.u8.view(np.uint32)
+            self.u64: npt.NDArray[np.uint64] = self.u8.view(np.uint64)
+        except BaseException:
+            _libc.munmap(self._address, size_bytes)
+            raise
 
     @property
     def address(self) -> int:
@@ -115,13 +124,10 @@ class Segment:
             return
         # Our own views turn into empty arrays, so that `segment.u64[0]` afterwards is an IndexError and not a
         # crash.
-        self.u8 = np.empty(0, np.uint8)
-        self.u32 = np.empty(0, np.uint32)
-        self.u64 = np.empty(0, np.uint64)
+        self.u8, self.u32, self.u64 = _NO_BYTES, _NO_HALVES, _NO_WORDS
         _libc.munmap(self._address, self.size_bytes)
-        self._address = 0
-        os.close(self.fd)
-        self.fd = -1
+        fd, self.fd, self._address = self.fd, -1, 0
+        os.close(fd)
 
 
 def plan(
@@ -177,9 +183,11 @@ def create(sizes: dict[str, int]) -> dict[str, Segment]:
             segments[name] = _create_one(name, size)
             if name in COLLAPSED and size >= HUGE_BYTES:
                 segments[name].collapse()
-    except OSError as error:
+    except BaseException as error:
         for segment in segments.values():
             segment.close()
+        if not isinstance(error, OSError):
+            raise
         missing = next(name for name in sizes if name not in segments)
         raise UserError(
             f"the system refuses {_mib(sizes[missing])} of memory for segment {missing}: {error.strerror}",
@@ -257,7 +265,7 @@ def _create_one(name: str, size: int) -> Segment:
         os.ftruncate(fd, size)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
         return Segment(name, fd, size)
-    except OSError:
+    except BaseException:
         os.close(fd)
         raise
 

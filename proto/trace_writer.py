@@ -33,6 +33,7 @@ from typing import Final, Self
 
 from proto.errors import UserError
 from proto.events import EVENT
+from proto.files import write_all
 from proto.units import PAGE_SIZE
 
 MAGIC: Final = b"\x89APFEV\r\n"
@@ -255,7 +256,7 @@ def _create_file(path: Path, header: bytes, size: int) -> tuple[int, mmap.mmap]:
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         # The header first: whenever the process is killed, the file is short or has one.
-        os.write(fd, header)
+        write_all(fd, header)
         os.ftruncate(fd, size)
         return fd, mmap.mmap(fd, size)
     except OSError:

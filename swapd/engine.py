@@ -315,7 +315,11 @@ def open_engine(kind: str, fd: int, memory: np.ndarray, queue_depth: int = DEFAU
             if kind == "uring":
                 raise
             backend, why = PreadPool(fd, memory, queue_depth), f"auto; io_uring is unavailable: {refused}"
-    return Engine(backend, slots, frames, why=why)
+    try:
+        return Engine(backend, slots, frames, why=why)
+    except BaseException:
+        backend.close(0, 0)
+        raise
 
 
 def _check_memory(memory: np.ndarray) -> None:

@@ -38,6 +38,7 @@ from swapd.syscall import (
 )
 
 MAX_QUEUE_DEPTH = 4096
+START_TIMEOUT_NS = 1_000_000_000
 DEFAULT_THREADS = 16  # the best of 1, 4, 16 and 64 on a virtio disk with two cores
 
 _BELL, _STOP = 0, 16  # indices of u32 words, each on a cache line of its own
@@ -165,9 +166,13 @@ class PreadPool:
             threading.Thread(target=_live, args=life, name=f"swapd-io-{i}", daemon=True)
             for i in range(min(threads, depth))
         ]
-        warm()  # otherwise all threads would compile the same kernel at once
-        for thread in self._threads:
-            thread.start()
+        try:
+            warm()  # otherwise all threads would compile the same kernel at once
+            for thread in self._threads:
+                thread.start()
+        except BaseException:
+            self.close(0, START_TIMEOUT_NS)
+            raise
 
     def submit(self, batch: np.ndarray, n: int) -> None:
         """Start the first ``n`` rows (tag, op 0 read / 1 write, slot, frame) of a C-contiguous u64[*, 4]. The
@@ -194,13 +199,14 @@ class PreadPool:
             return 0
         deadline_ns = time.monotonic_ns() + timeout_ns
         _halt(self._words, self._geo)
-        for thread in self._threads:
+        started = [thread for thread in self._threads if thread.ident is not None]
+        for thread in started:
             thread.join(max(0, deadline_ns - time.monotonic_ns()) / 1e9)
         in_flight -= len(self.reap())
-        if not any(thread.is_alive() for thread in self._threads):
-            os.close(self.eventfd)
-            self.eventfd = -1
+        if not any(thread.is_alive() for thread in started):
+            fd, self.eventfd = self.eventfd, -1
             self._memory = None
+            os.close(fd)
         return in_flight
 
 

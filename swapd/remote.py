@@ -20,6 +20,7 @@ import struct
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Final
 
@@ -87,6 +88,15 @@ class RemoteShell:
     """See the module docstring."""
 
     def __init__(self, given: Incarnation) -> None:
+        self._opened = ExitStack()
+        """What `close` gives back, the last one first, whatever fails meanwhile."""
+        try:
+            self._build(given)
+        except BaseException:
+            self._opened.close()
+            raise
+
+    def _build(self, given: Incarnation) -> None:
         self.given = given
         self.header = given.header
         self.epoch = given.header.epoch
@@ -99,7 +109,9 @@ class RemoteShell:
         )
         queue.model(on=True)
         engine = open_engine(given.engine, given.kept.file.fd, buffers.memory, given.spec.queue_depth)
+        self._opened.callback(engine.close)
         self.service = Service(queue, engine, buffers, self.epoch, _Clock(), self._to_host)
+        self._opened.callback(self.service.close)
         self.host = b""
         """Routing id of the attached host."""
         self.heard_ns = time.monotonic_ns()
@@ -110,6 +122,7 @@ class RemoteShell:
         self._log_due_ns = 0
         self._unsaid = ""
         self.context = link.new_context()
+        self._opened.callback(self.context.destroy)
         self.door = curve.Door(self.context, given.allowed) if given.pair is not None else None
         self.socket, self.monitor = remote.listen(self.context, given.listen_fd, given.endpoint, given.pair)
         self.poller = zmq.Poller()
@@ -122,21 +135,25 @@ class RemoteShell:
     def loop(self) -> None:
         """Until the session is over, or taken."""
         while not self.leaving:
-            events = dict(self.poller.poll(POLL_MS))
-            now_ns = time.monotonic_ns()
-            be_alive(self.given.alive, now_ns)
-            if self.door is not None and self.door.socket in events:
-                self._turned_away(self.door.answer())
-            if self.monitor in events:
-                failed = [e for e in remote.events_of(self.monitor) if e != zmq.EVENT_HANDSHAKE_FAILED_AUTH]
-                self._turned_away(["a client without our keys"] * len(failed))
-            if self.socket in events:
-                self._drain()
-            self.service.turn(events)
-            if self._unsaid and now_ns >= self._log_due_ns:
-                self._log_due_ns = now_ns + LOG_EVERY_NS
-                say(f"{self._unsaid} ({self.turned_away} turned away so far)")
-                self._unsaid = ""
+            self.once()
+
+    def once(self) -> None:
+        """Wait for something, and do what it wants."""
+        events = dict(self.poller.poll(POLL_MS))
+        now_ns = time.monotonic_ns()
+        be_alive(self.given.alive, now_ns)
+        if self.door is not None and self.door.socket in events:
+            self._turned_away(self.door.answer())
+        if self.monitor in events:
+            failed = [e for e in remote.events_of(self.monitor) if e != zmq.EVENT_HANDSHAKE_FAILED_AUTH]
+            self._turned_away(["a client without our keys"] * len(failed))
+        if self.socket in events:
+            self._drain()
+        self.service.turn(events)
+        if self._unsaid and now_ns >= self._log_due_ns:
+            self._log_due_ns = now_ns + LOG_EVERY_NS
+            say(f"{self._unsaid} ({self.turned_away} turned away so far)")
+            self._unsaid = ""
 
     def _turned_away(self, who: Sequence[str]) -> None:
         if who:
@@ -226,13 +243,7 @@ class RemoteShell:
 
     def close(self) -> None:
         """Engine, sockets."""
-        self.service.close()
-        self.socket.disable_monitor()
-        self.monitor.close(linger=0)
-        self.socket.close()
-        if self.door is not None:
-            self.door.close()
-        self.context.term()
+        self._opened.close()
 
 
 def say(text: str) -> None:

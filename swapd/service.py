@@ -12,7 +12,6 @@ Not handled here: who may ask (the shells), which request is done once (swapd/ma
 from __future__ import annotations
 
 import mmap
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Protocol
@@ -146,9 +145,6 @@ class Service:
 
     def turn(self, events: Mapping[Any, int]) -> None:
         """After a poll: answer what is over."""
-        if self.engine.eventfd in events:
-            # Clear the counter before reaping: a completion in between rings again.
-            os.read(self.engine.eventfd, 8)
         if self._timer.fd in events:
             self._timer.expired()
         done = [(int(tag), int(res)) for tag, res in self.engine.reap().tolist()]
@@ -222,6 +218,5 @@ class Service:
         return pages
 
     def close(self) -> None:
-        """Wait for what the device has begun; give everything back."""
-        self.engine.close()
+        """Give the timer back; the engine is its opener's."""
         self._timer.close()

@@ -13,6 +13,7 @@ import gc
 import os
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Final
 
 import zmq
@@ -43,6 +44,15 @@ class SwapdShell:
     """See the module docstring."""
 
     def __init__(self, ctx: RunContext, daemon: int, epoch: int) -> None:
+        self._opened = ExitStack()
+        """What `close` gives back, the last one first, whatever fails meanwhile."""
+        try:
+            self._build(ctx, daemon, epoch)
+        except BaseException:
+            self._opened.close()
+            raise
+
+    def _build(self, ctx: RunContext, daemon: int, epoch: int) -> None:
         self.ctx = ctx
         self.daemon = daemon
         self.epoch = epoch
@@ -58,17 +68,21 @@ class SwapdShell:
             service_model(spec, ctx.topology.run.seed + daemon),
             own_buffers=buffers is not None,
         )
-        engine: IoEngine = open_engine(info.engine, info.fd, memory, spec.queue_depth)
         self.writer = ctx.trace(f"swapd-{daemon}-{epoch}", PROC_SWAPD + daemon)
+        self._opened.callback(self.writer.close)
+        engine: IoEngine = open_engine(info.engine, info.fd, memory, spec.queue_depth)
+        self._opened.callback(engine.close)
         self.faults = self._faults()
         if self.faults is not None:
             engine = FaultyEngine(engine, memory, self.faults, time.monotonic_ns)
         self.service = Service(queue, engine, buffers, epoch, self.writer, self._send)
+        self._opened.callback(self.service.close)
         self.bad_messages = 0
         self.welcome = False
         self.hello_due_ns = 0
         self.leaving = False
         self.context = link.new_context()
+        self._opened.callback(self.context.destroy)
         self.endpoint = ctx.tcp_endpoint if spec.transport == "tcp" else ctx.endpoint
         self.poller = zmq.Poller()
         self.service.register(self.poller)
@@ -102,19 +116,20 @@ class SwapdShell:
     def loop(self) -> None:
         """Until BYE."""
         self.writer.event(Kind.PROCESS_START, a=os.getpid())
-        poll_ms = POLL_MS if self.faults is None else FAULTS_POLL_MS
-        while not self.leaving:
-            now_ns = time.monotonic_ns()
-            if self.faults is not None:
-                self._on_faults(self.faults, now_ns)
-            if self.socket is not None and not self.welcome and now_ns >= self.hello_due_ns:
-                self._hello(now_ns)
-            events = dict(self.poller.poll(poll_ms))
-            if self.socket is not None and self.socket in events:
-                self._drain(self.socket)
-            self.service.turn(events)
-            if self._aborted():
-                return
+        while not self.leaving and not self._aborted():
+            self.once()
+
+    def once(self) -> None:
+        """Wait for something, and do what it wants."""
+        now_ns = time.monotonic_ns()
+        if self.faults is not None:
+            self._on_faults(self.faults, now_ns)
+        if self.socket is not None and not self.welcome and now_ns >= self.hello_due_ns:
+            self._hello(now_ns)
+        events = dict(self.poller.poll(POLL_MS if self.faults is None else FAULTS_POLL_MS))
+        if self.socket is not None and self.socket in events:
+            self._drain(self.socket)
+        self.service.turn(events)
 
     def _hello(self, now_ns: int) -> None:
         if self.hello_due_ns and self.connect_due_ns:
@@ -183,12 +198,8 @@ class SwapdShell:
 
     def close(self) -> None:
         """Engine, socket, trace file."""
-        self.service.close()
         self.writer.event(Kind.PROCESS_END)
-        self.writer.close()
-        if self.socket is not None:
-            self.socket.close()
-        self.context.term()
+        self._opened.close()
 
 
 def warm() -> None:

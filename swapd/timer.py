@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from contextlib import suppress
 from typing import Final
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
@@ -46,8 +47,12 @@ class Timer:
     def expired(self) -> None:
         """Clear readiness after the poller reported it."""
         self._armed_ns = None
-        os.read(self.fd, 8)
+        # Armed anew since the poller looked: nothing is there to be cleared.
+        with suppress(BlockingIOError):
+            os.read(self.fd, 8)
 
     def close(self) -> None:
         """Give the descriptor back."""
-        os.close(self.fd)
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)

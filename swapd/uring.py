@@ -20,6 +20,7 @@ import mmap
 import os
 import select
 import time
+from contextlib import ExitStack
 
 import numpy as np
 
@@ -146,6 +147,11 @@ def _collect(cq: np.ndarray, cqes: np.ndarray, geo: np.ndarray, out: np.ndarray)
     return int(n)
 
 
+# Closing needs no memory.
+_NO_HALVES = np.zeros(0, dtype=np.uint32)
+_NO_WORDS = np.zeros((0, 0), dtype=np.uint64)
+
+
 class Uring:
     """One ring over one file and one memory region.
 
@@ -260,17 +266,17 @@ class Uring:
     def _release(self) -> None:
         if self._ring_fd < 0:
             return
-        # The arrays go first: a mapping with a view on it cannot be closed.
-        self._sq = self._cq = np.zeros(0, dtype=np.uint32)
-        self._sqes = self._cqes = np.zeros((0, 0), dtype=np.uint64)
-        for area in self._maps:
-            area.close()
-        self._maps.clear()
-        os.close(self._ring_fd)
-        if self.eventfd >= 0:
-            os.close(self.eventfd)
+        descriptors = [fd for fd in (self._ring_fd, self.eventfd) if fd >= 0]
         self._ring_fd = self.eventfd = -1
         self._memory = None
+        # The arrays go first: a mapping with a view on it cannot be closed.
+        self._sq = self._cq = _NO_HALVES
+        self._sqes = self._cqes = _NO_WORDS
+        with ExitStack() as left:
+            for fd in descriptors:
+                left.callback(os.close, fd)
+            while self._maps:
+                self._maps.pop().close()
 
 
 def _libc_syscall(number: int, *args: int | ctypes._Pointer[_Params] | ctypes._CArgObject) -> int:
