@@ -392,8 +392,10 @@ class SwapMachine(Machine):
         if write.left:
             return
         event = write.event
-        if write.good:
-            slot = self.copies.written(write.slot, write.good, event.xxh3)
+        # One that was answered may be on a daemon that is gone since.
+        good = [copy for copy in self.copies.copies(write.slot) if copy in write.good]
+        if good:
+            slot = self.copies.written(write.slot, good, event.xxh3)
             self.emit(SwapOutDone(event.serial, event.hvp, slot, event.frame, ok=True, full=False))
             return
         self.copies.free(write.slot)

@@ -18,7 +18,7 @@ from proto.transitions import Transitions
 from proto.wire import ExitReason
 from tests.arrows import Seen, of_table, watched
 from tests.guest import test_apf, test_machine, test_registers
-from tests.host import test_state, test_swap, test_vcpu, test_vm
+from tests.host import test_replicas, test_state, test_swap, test_vcpu, test_vm
 from tests.host.harness import Bench
 from tests.host.test_vcpu import GFN, swapped
 
@@ -136,6 +136,7 @@ SHOWN_BY: Final[tuple[Callable[[], None], ...]] = (
     test_state.test_memory_is_saved_while_most_of_it_is_on_swap,
     lambda: test_registers.test_halting_task_halts_on_in_a_fresh_cpu("v7"),
     test_swap.test_death_before_hello,
+    test_replicas.test_pages_go_on_from_the_other_copy,
     test_swap.test_unanswered_requests_are_sent_again_only_after_fence_and_new_epoch,
     test_machine.test_barrier_holds_tasks_until_all_are_there,
     test_machine.test_killed_task_does_not_keep_its_lock,

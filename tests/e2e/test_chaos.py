@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import time
-from pathlib import Path
-
 import pytest
 
 from proto.events import Kind
-from tests.e2e.runs import BM, Launched, Runner, assert_good, of_kind, open_files
+from tests.e2e.disk import PAGE, flip, swap_file
+from tests.e2e.runs import BM, Runner, assert_good, of_kind
 
-PAGE = 4096
-EMPTY = bytes(PAGE)
-FLIP_AT = 100
-BLOCKS = 200
-"""Byte of each block that is flipped."""
-CORRUPT_BOUND_S = 20.0
+DAMAGED = 600
+"""Blocks."""
 
 
 @pytest.mark.parametrize("changes", [(), ("--set", "swapd.transport=tcp")], ids=["ipc", "tcp"])
@@ -43,35 +36,6 @@ def test_killing_the_daemon_again_and_again_loses_nothing(changes: tuple[str, ..
     assert len(list((ended.out / "events").glob("swapd-0-*.bin"))) >= len(epochs)
 
 
-def _swap_file(run: Launched) -> str:
-    """The daemon's swap file, which has no name, through its descriptor."""
-    pid = run.pid_of("swapd-0")
-    found = [
-        fd
-        for fd, target in open_files(pid).items()
-        if target.endswith("(deleted)") and "memfd" not in target and Path(f"/proc/{pid}/fd/{fd}").is_file()
-    ]
-    assert len(found) == 1, open_files(pid)
-    return f"/proc/{pid}/fd/{found[0]}"
-
-
-def _blocks(path: str) -> list[int]:
-    """Where the file holds something, block by block."""
-    content = Path(path).read_bytes()
-    return [at for at in range(0, len(content), PAGE) if content[at : at + PAGE] != EMPTY]
-
-
-def _flip(path: str, blocks: list[int]) -> None:
-    """Invert one byte of each block."""
-    fd = os.open(path, os.O_RDWR)
-    try:
-        for at in blocks:
-            os.pwrite(fd, bytes([os.pread(fd, 1, at + FLIP_AT)[0] ^ 0xFF]), at + FLIP_AT)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def test_a_disk_that_returns_other_bytes_is_noticed(runner: Runner) -> None:
     """Pages that came back damaged reach no task: those that need them end, and no read ever sees a wrong word."""
     path = runner.file(BM)
@@ -86,13 +50,8 @@ def test_a_disk_that_returns_other_bytes_is_noticed(runner: Runner) -> None:
         out=runner.folder / "out",
     )
     run.wait_for(": running")
-    name = _swap_file(run)
-    deadline_s = time.monotonic() + CORRUPT_BOUND_S
-    # So many that some are wanted again for sure.
-    while len(blocks := _blocks(name)) < BLOCKS and time.monotonic() < deadline_s:
-        pass
-    assert len(blocks) >= BLOCKS, "hardly anything had been swapped out"
-    _flip(name, blocks)
+    # Filling memory has put many more pages there.
+    flip(swap_file(run, "swapd-0"), list(range(0, DAMAGED * PAGE, PAGE)))
     ended = run.end()
     summary = ended.summary
     assert summary["integrity"]["checksum_errors"] > 0

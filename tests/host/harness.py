@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from host import events as ev
+from host.copies import SLOTS_PER_DAEMON
 from host.machine_reset import MachineReset, from_command
 from host.memory import HostMemory, VmMemory
 from host.slots import Memslot, Region
@@ -108,13 +109,15 @@ class Bench:
         self.timers: list[ev.SetTimer] = []
         self.io: list[ev.SendIo] = []
         self.disk: dict[int, bytes] = {}
+        """By daemon * SLOTS_PER_DAEMON + block."""
         self.seq = 0
         self.out_of_memory = 0
         self.image: dict[int, tuple[Content, bytes]] = {}
         """Pages saved so far (tests/host/moving.py)."""
         self.told: list[Any] = []
-        """Answers about pausing, restoring and pages of an image."""
-        self.feed(self.swap, ev.DaemonUp(0, 0))
+        """Answers about pausing, restoring and pages of an image; pages that are lost."""
+        for daemon in range(daemons):
+            self.feed(self.swap, ev.DaemonUp(daemon, 0))
 
     # -- routing -------------------------------------------------------------------------------------------
     def feed(self, machine: Any, event: Any) -> None:
@@ -152,7 +155,7 @@ class Bench:
             self.routed.append((self.vcpus[effect.target], from_command(effect.target, effect.vector)))
         elif kind is ev.OutOfMemory:
             self.out_of_memory += 1
-        elif kind in (ev.Paused, ev.Restored, ev.PageSaved, ev.PageLoaded):
+        elif kind in (ev.Paused, ev.Restored, ev.PageSaved, ev.PageLoaded, ev.PagesLost):
             self.told.append(effect)
         elif kind not in (ev.PoweredDown, ev.AtBarrier):
             self.routed.append((self.vm, effect))
@@ -235,11 +238,13 @@ class Bench:
 
     def complete(self, request: ev.SendIo, *, ok: bool = True) -> None:
         if ok and request.op == OP_READ:
-            self.memory.write_page(request.frame, self.disk[request.slot])
+            self.memory.write_page(request.frame, self.disk[request.daemon * SLOTS_PER_DAEMON + request.slot])
         elif ok:
-            self.disk[request.slot] = bytes(self.memory.page(request.frame))
+            self.disk[request.daemon * SLOTS_PER_DAEMON + request.slot] = bytes(
+                self.memory.page(request.frame)
+            )
         result = PAGE_SIZE if ok else -5
-        self.feed(self.swap, ev.IoReply(0, request.epoch, request.request, result, 1000))
+        self.feed(self.swap, ev.IoReply(request.daemon, request.epoch, request.request, result, 1000))
 
     # -- helpers -------------------------------------------------------------------------------------------
     def fill(self, gfn: int, word: int) -> None:

@@ -1,0 +1,62 @@
+"""Each page on two daemons: one that never comes back, and one whose disk lies, cost nobody anything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from proto.events import Kind
+from tests.e2e.disk import PAGE, flip, swap_file
+from tests.e2e.runs import BM, Runner, assert_good, of_kind
+
+SLOTS_PER_DAEMON = 1 << 28
+TWO = BM + "\n[[swapd]]\n\n[[swapd]]\n"
+SLOW = ("--set", "vm.rate_ops_per_s=20000")
+REPLICAS = ("--set", "host.replicas=2", "--set", "host.hedge_ms=50")
+DIES_FOR_GOOD = ("--every", "400ms", "--for", "2.5s", "--set", "swapd.0.restart_limit=1")
+DAMAGED = 1200
+"""Blocks."""
+
+
+def test_a_daemon_that_never_comes_back_is_done_without(runner: Runner) -> None:
+    ended = runner.run(TWO, *DIES_FOR_GOOD, *SLOW, *REPLICAS, command="chaos")
+    summary = assert_good(ended)
+    assert summary["totals"]["daemons_gone"] == 1
+    assert summary["integrity"]["checksum_errors"] == summary["totals"]["machine_checks"] == 0
+    assert summary["replicas"]["single_copies"] > 0
+    texts = [text for text in summary["warnings"] if "swapd-0 used up its 1 restarts" in text]
+    assert len(texts) == 1
+    assert any("one copy only" in text for text in summary["warnings"])
+    events = ended.events()
+    (gone,) = of_kind(events, Kind.DAEMON_GONE)
+    assert (gone["a"], gone["c"]) == (0, 0)
+    after = events["lamport"] > gone["lamport"]
+    arrived = events[after & (events["kind"] == Kind.SWAP_IN_DONE)]
+    assert len(arrived), "nothing was read after the daemon was gone"
+    assert (arrived["b"] // SLOTS_PER_DAEMON == 0).any(), "pages whose first copy was there"
+    written = events[after & (events["kind"] == Kind.SWAP_OUT_DONE)]
+    assert set((written["b"] // SLOTS_PER_DAEMON).tolist()) <= {1}
+
+
+def test_without_replicas_its_pages_end_the_run(runner: Runner) -> None:
+    ended = runner.run(TWO, *DIES_FOR_GOOD, *SLOW, command="chaos")
+    assert ended.code == 1
+    reason: str = ended.summary["ended"]
+    assert reason.startswith("failed:swapd-0 used up its 1 restarts (restart_limit)")
+    assert reason.endswith("pages were only there")
+    assert ended.summary["integrity"]["errors"] == 0
+    assert ended.summary["replicas"] is None
+
+
+def test_a_disk_that_lies_costs_no_task(runner: Runner) -> None:
+    run = runner.start(
+        "run", str(runner.file(TWO)), "--json", "--seconds", "6", *SLOW, *REPLICAS, out=runner.folder / "out"
+    )
+    run.wait_for(": running")
+    # Filling memory has put more than twice as many pages on each daemon.
+    flip(swap_file(run, "swapd-0"), list(range(0, DAMAGED * PAGE, PAGE)))
+    summary: dict[str, Any] = assert_good(run.end())
+    assert summary["integrity"]["checksum_errors"] > 0
+    assert summary["totals"]["quarantined"] > 0
+    assert summary["totals"]["machine_checks"] == summary["tasks"]["killed"] == 0
+    assert summary["replicas"]["rewritten"] > 0
+    assert any("proved bad" in text for text in summary["warnings"])
