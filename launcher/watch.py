@@ -71,8 +71,8 @@ class Watch:
         """A counter of the host."""
         return self._host.get(counter)
 
-    def stalled_tasks(self, now_ns: int, bound_ns: int) -> int:
-        """Guest tasks that have waited for a page longer than ``bound_ns``."""
+    def waiting_tasks(self, now_ns: int, bound_ns: int = 0) -> int:
+        """Guest tasks that wait for a page, those that have for longer than ``bound_ns``: asynchronous faults under way."""
         before = np.uint64(max(0, now_ns - bound_ns))
         return sum(
             int(
