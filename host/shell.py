@@ -543,6 +543,8 @@ class HostShell:
         daemon = self.daemons[number]
         if epoch != daemon.epoch or message.epoch != epoch or not daemon.up:
             self.obs.count(HostCounter.STALE_REPLIES, len(message.records))
+            if self._has_just_died(daemon, epoch):
+                return
             raise WireError(Nack.STALE_EPOCH, f"epoch {message.epoch}", wire.Kind.IO_DONE)
         self._observe(message)
         daemon.last_pong_ns = time.monotonic_ns()
@@ -550,6 +552,11 @@ class HostShell:
             raise WireError(Nack.FIELD, "IO_DONE: pages and records do not match", wire.Kind.IO_DONE)
         for request, result, service_ns in message.records.tolist():
             self._feed(self.swap, ev.IoReply(number, epoch, request, result, service_ns))
+
+    @staticmethod
+    def _has_just_died(daemon: Daemon, epoch: int) -> bool:
+        """Whether this is what an incarnation had said before it died, read after the launcher's report: late, and nobody's fault."""
+        return epoch == daemon.epoch and not daemon.up
 
     def _land_pages(self, number: int, message: wire.IoDone, extra: Sequence[bytes]) -> bool:
         """tcp: copy the pages of good reads into their landing frames; only frames of requests in flight are ever written."""
@@ -572,6 +579,8 @@ class HostShell:
         if kind != "S" or number >= len(self.daemons):
             raise WireError(Nack.STRANGER, "PONG from a peer that is no daemon", wire.Kind.PONG)
         if epoch != self.daemons[number].epoch or not self.daemons[number].up:
+            if self._has_just_died(self.daemons[number], epoch):
+                return
             raise WireError(Nack.STALE_EPOCH, f"epoch {epoch}", wire.Kind.PONG)
         self.daemons[number].last_pong_ns = time.monotonic_ns()
 
@@ -597,6 +606,8 @@ class HostShell:
         daemon.fenced = False
         daemon.next_epoch = message.epoch + 1
         self.outbox.forget(daemon.identity)
+        # Or they would be as many as there were restarts. One that is still heard of is looked up again.
+        self.peers = {known: who for known, who in self.peers.items() if who[:2] != ("S", message.daemon)}
         if daemon.early is not None and daemon.early[1] <= message.epoch:
             daemon.early = None
         self._feed(self.swap, ev.DaemonLost(message.daemon, message.epoch))

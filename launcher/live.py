@@ -1,4 +1,4 @@
-"""The line about a run under way: what it does per second, what is outstanding, what hangs.
+"""The line about a run under way: what it does per second, how many tasks wait for a page, how many of them for long.
 
 Invariants: reads shared memory only; rates are those since the line before.
 
@@ -41,8 +41,8 @@ class Live:
         parts = [
             elapsed,
             f"{(faults - self._last_faults) / seconds:,.0f} faults/s",
-            f"{self._watch.host(HostCounter.OUTSTANDING)} outstanding",
-            f"{self._watch.stalled_tasks(now_ns, STALLED_NS)} stalled",
+            f"{self._watch.waiting_tasks(now_ns)} outstanding",
+            f"{self._watch.waiting_tasks(now_ns, STALLED_NS)} stalled",
         ]
         if restarts or kills is not None:
             parts.append(f"{restarts} restarts")

@@ -75,8 +75,8 @@ class Watch:
         """Deaths of daemons that the host has dealt with: a successor is connected, or it goes on without one."""
         return self.host(HostCounter.RESTARTS) + self.host(HostCounter.DAEMONS_GONE)
 
-    def stalled_tasks(self, now_ns: int, bound_ns: int) -> int:
-        """Guest tasks that have waited for a page longer than ``bound_ns``."""
+    def waiting_tasks(self, now_ns: int, bound_ns: int = 0) -> int:
+        """Guest tasks that wait for a page, those that have for longer than ``bound_ns``: asynchronous faults under way."""
         before = np.uint64(max(0, now_ns - bound_ns))
         return sum(
             int(

@@ -104,7 +104,7 @@ class HostCounter(IntEnum):
     SLOTS_USED = 32
     """Gauge."""
     OUTSTANDING = 33
-    """Gauge: async faults under way, all vCPUs."""
+    """Gauge: requests to swap daemons that are not answered."""
     OUTAGE_NS = 34
     """Time with at least one daemon down."""
     MACHINE_CHECKS = 35

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from host.shell import HostShell
@@ -96,6 +97,30 @@ def test_a_stale_incarnation_gets_nowhere(shell: Shell) -> None:
         assert shell.answers(wire.NackMsg)[-1].code == Nack.STALE_EPOCH
     shell.say(daemon(3), hello(3))
     assert len(shell.answers(wire.Welcome)) == 2, "asking twice is answered twice"
+
+
+def test_what_a_daemon_had_said_before_it_died_is_late_and_not_bad(shell: Shell) -> None:
+    shell.say(link.launcher_identity(), wire.Hello(wire.Role.LAUNCHER, 0, 0, 1))
+    shell.say(daemon(0), hello(0))
+    shell.say(link.launcher_identity(), wire.DaemonDown(0, 0))
+    records = np.array([(1, 4096, 1)], wire.DONE_DTYPE)
+    for message in (wire.Pong(0, 1), wire.IoDone(0, 1, records)):
+        shell.say(daemon(0), message)
+    assert shell.obs.stats.get(HostCounter.BAD_MESSAGES) == 0
+    assert shell.obs.stats.get(HostCounter.STALE_REPLIES) == 1
+    assert shell.answers(wire.NackMsg) == []
+    shell.say(link.launcher_identity(), wire.DaemonFenced(0, 0))
+    shell.say(daemon(1), hello(1))
+    shell.say(daemon(0), wire.IoDone(0, 1, records))
+    assert shell.answers(wire.NackMsg)[-1].code == Nack.STALE_EPOCH, "its successor is there"
+
+
+def test_what_is_known_of_daemons_does_not_grow_with_restarts(shell: Shell) -> None:
+    for epoch in range(50):
+        shell.say(daemon(epoch), hello(epoch))
+        shell.say(link.launcher_identity(), wire.DaemonDown(0, epoch))
+        shell.say(link.launcher_identity(), wire.DaemonFenced(0, epoch))
+    assert len(shell.peers) <= 3
 
 
 @pytest.mark.parametrize(
