@@ -9,11 +9,31 @@ from pathlib import Path
 import pytest
 
 from proto.events import Kind
-from tests.e2e.runs import BM, Launched, Runner, assert_good, of_kind, open_files
+from tests.e2e.runs import BM, HOST, Launched, Runner, assert_good, of_kind, open_files
 
 PAGE = 4096
 EMPTY = bytes(PAGE)
 FLIP_AT = 100
+STAMPS = (
+    HOST
+    + """
+[[swapd]]
+size_mib = 48
+
+[[vm]]
+vcpus = 2
+memory_mib = 32
+rate_ops_per_s = 20_000
+
+[[vm.task]]
+workload = "stamp"
+count = 4
+memory_kib = 4096
+"""
+)
+"""Half of the pages are on swap when the time begins, and each holds something. The file is not larger than needed: it is looked
+through as a whole.
+"""
 BLOCKS = 200
 """Byte of each block that is flipped."""
 CORRUPT_BOUND_S = 20.0
@@ -74,17 +94,8 @@ def _flip(path: str, blocks: list[int]) -> None:
 
 def test_a_disk_that_returns_other_bytes_is_noticed(runner: Runner) -> None:
     """Pages that came back damaged reach no task: those that need them end, and no read ever sees a wrong word."""
-    path = runner.file(BM)
-    run = runner.start(
-        "run",
-        str(path),
-        "--json",
-        "--seconds",
-        "8",
-        "--set",
-        "vm.rate_ops_per_s=20000",
-        out=runner.folder / "out",
-    )
+    path = runner.file(STAMPS)
+    run = runner.start("run", str(path), "--json", "--seconds", "4", out=runner.folder / "out")
     run.wait_for(": running")
     name = _swap_file(run)
     deadline_s = time.monotonic() + CORRUPT_BOUND_S
