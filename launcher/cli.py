@@ -26,6 +26,8 @@ from proto.errors import UserError
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 DEFAULT_COMMAND = "compare"
 DEFAULT_TOPOLOGY = "topologies/quickstart.toml"
+WHOLE_SUITE = ("-q", "-n", "2", "--dist", "worksteal")
+"""Two at a time, since most tests wait for processes that they start; neighbours stay together, and with them what they share."""
 
 
 class Rest(Enum):
@@ -521,11 +523,11 @@ def cmd_topologies(args: argparse.Namespace) -> int:
 
 
 def cmd_test(args: argparse.Namespace) -> int:
-    """`test [PYTEST ARGUMENT...]`: replaces this process by pytest in the checkout; -q without arguments."""
+    """`test [PYTEST ARGUMENT...]`: replaces this process by pytest in the checkout; without arguments the whole suite on two cores."""
     if not (bootstrap.APP_DIR / "tests").is_dir():
         raise UserError("the tests are not installed", where="test", allowed="launch.py test, in a checkout")
     os.chdir(bootstrap.APP_DIR)
-    bootstrap.restart([sys.executable, "-m", "pytest", *(args.rest or ["-q"])])
+    bootstrap.restart([sys.executable, "-m", "pytest", *(args.rest or WHOLE_SUITE)])
 
 
 def _no_arguments(parser: argparse.ArgumentParser) -> None:

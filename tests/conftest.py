@@ -29,16 +29,22 @@ EXIT_GRACE_S = 2.0
 kernel_cache.prepare(ROOT, installed=False)
 
 
+def pytest_sessionstart() -> None:
+    """SIGTERM and SIGHUP as Ctrl-C, so that fixtures are taken down and no folder or process stays; not in what tests fork.
+
+    Also in the process that only hands out tests: those that run them are interrupted when it ends.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
+        os.register_at_fork(after_in_child=partial(signal.signal, number, signal.SIG_DFL))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _temporary_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A temporary directory of this session's own, for tests and their processes; short, since sockets live
     there.
     """
     tmp_path_factory.getbasetemp()  # pytest's own folders, which it keeps after failures, stay outside
-    # As Ctrl-C, so that fixtures are taken down and no folder or process stays; not in what tests fork.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
-        os.register_at_fork(after_in_child=partial(signal.signal, number, signal.SIG_DFL))
     # Of sessions that were killed.
     tempdirs.sweep(PREFIX, [Path(tempfile.gettempdir())])
     held = tempdirs.make(PREFIX, Path(tempfile.gettempdir()))

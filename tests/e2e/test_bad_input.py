@@ -1,4 +1,7 @@
-"""What cannot be run is refused before anything starts: exit code 2, and file, key, what was found and what is allowed."""
+"""What cannot be run is refused before anything starts: exit code 2, and file, key, what was found and what is allowed.
+
+Nothing starts, so the command is called in this process; that a process of its own makes the same of it is shown once.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,38 @@ from pathlib import Path
 
 import pytest
 
-from launcher import options
+from launcher import cli, commands, options
 from tests.e2e.runs import BM, MIXED, Ended, Runner
 
 REPLAY = '[[vm]]\nmemory_mib = 32\n[[vm.task]]\nworkload = "replay"\ntrace = "some.apft"\n[host]\nallowance_mib = 8\n'
+
+
+class Caller:
+    """Calls commands in this process. folder: for files."""
+
+    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.folder = folder
+        self._capsys = capsys
+
+    def command(self, *words: str) -> Ended:
+        code = cli.main(words)
+        shown = self._capsys.readouterr()
+        return Ended(code, shown.out, shown.err)
+
+    def run(self, path: Path, out: Path, *words: str) -> Ended:
+        return self.command("run", str(path), *words, "--out", str(out))
+
+    def file(self, text: str) -> Path:
+        path = self.folder / "small.toml"
+        path.write_text(text)
+        return path
+
+
+@pytest.fixture
+def caller(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Caller:
+    # The title is for a process that is all the launcher's.
+    monkeypatch.setattr(commands, "_title", lambda: None)
+    return Caller(tmp_path, capsys)
 
 
 def _refused(ended: Ended, *parts: str) -> None:
@@ -33,11 +64,10 @@ def _refused(ended: Ended, *parts: str) -> None:
         ("[host]", "[host", ("small.toml", "TOML")),
     ],
 )
-def test_a_topology_that_makes_no_sense(old: str, new: str, parts: tuple[str, ...], runner: Runner) -> None:
+def test_a_topology_that_makes_no_sense(old: str, new: str, parts: tuple[str, ...], caller: Caller) -> None:
     assert old in BM
-    path = runner.file(BM.replace(old, new))
-    out = runner.folder / "out"
-    _refused(runner.start("run", str(path), out=out).end(), *parts)
+    out = caller.folder / "out"
+    _refused(caller.run(caller.file(BM.replace(old, new)), out), *parts)
     assert not out.exists()
 
 
@@ -63,42 +93,42 @@ def test_a_topology_that_makes_no_sense(old: str, new: str, parts: tuple[str, ..
     ],
 )
 def test_what_this_machine_or_kvm_does_not_have(
-    words: tuple[str, ...], parts: tuple[str, ...], runner: Runner
+    words: tuple[str, ...], parts: tuple[str, ...], caller: Caller
 ) -> None:
-    path = runner.file(BM)
-    out = runner.folder / "out"
-    _refused(runner.start("run", str(path), *words, out=out).end(), *parts)
+    out = caller.folder / "out"
+    _refused(caller.run(caller.file(BM), out, *words), *parts)
     assert not out.exists(), "what the refused run had created is gone"
 
 
-def test_a_missing_trace_and_a_missing_topology(runner: Runner) -> None:
-    _refused(
-        runner.command("run", str(runner.file(REPLAY))), "small.toml", "vm[0].task[0].trace", "some.apft"
-    )
-    _refused(runner.command("run", str(runner.folder / "none.toml")), "none.toml", "no such file")
+def test_a_missing_trace_and_a_missing_topology(caller: Caller, runner: Runner) -> None:
+    missing = caller.command("run", str(caller.file(REPLAY)))
+    _refused(missing, "small.toml", "vm[0].task[0].trace", "some.apft")
+    as_process = runner.command("run", str(runner.folder / "none.toml"))
+    _refused(as_process, "none.toml", "no such file")
+    assert caller.command("run", str(runner.folder / "none.toml")) == as_process
 
 
-def test_a_foreign_and_a_truncated_trace(runner: Runner) -> None:
-    path = runner.file(REPLAY)
-    trace = runner.folder / "some.apft"
+def test_a_foreign_and_a_truncated_trace(caller: Caller) -> None:
+    path = caller.file(REPLAY)
+    trace = caller.folder / "some.apft"
     trace.write_bytes(b"\x7fELF" + bytes(200))
-    _refused(runner.command("run", str(path)), "some.apft", "magic", "not an asyncpf trace")
+    _refused(caller.command("run", str(path)), "some.apft", "magic", "not an asyncpf trace")
     shipped = Path(options.__file__).parents[1] / "traces" / "sort.apft"
     trace.write_bytes(shipped.read_bytes()[:5000])
-    _refused(runner.command("run", str(path)), "some.apft", "truncated", "5000")
-    _refused(runner.command("trace", str(trace)), "some.apft", "truncated", "5000")
+    _refused(caller.command("run", str(path)), "some.apft", "truncated", "5000")
+    _refused(caller.command("trace", str(trace)), "some.apft", "truncated", "5000")
 
 
-def test_a_run_directory_that_cannot_be_used(runner: Runner) -> None:
-    path = runner.file(MIXED)
-    full = runner.folder / "full"
+def test_a_run_directory_that_cannot_be_used(caller: Caller) -> None:
+    path = caller.file(MIXED)
+    full = caller.folder / "full"
     full.mkdir()
     (full / "mine").write_text("precious")
-    _refused(runner.start("run", str(path), out=full).end(), "--out", str(full), "not empty")
+    _refused(caller.run(path, full), "--out", str(full), "not empty")
     assert [entry.name for entry in full.iterdir()] == ["mine"]
     # Even root cannot create these.
-    _refused(runner.start("run", str(path), out=full / "mine").end(), "--out", "cannot be written")
-    _refused(runner.start("run", str(path), out=Path("/proc/asyncpf")).end(), "--out", "cannot be written")
+    _refused(caller.run(path, full / "mine"), "--out", "cannot be written")
+    _refused(caller.run(path, Path("/proc/asyncpf")), "--out", "cannot be written")
 
 
 def test_bad_usage(runner: Runner) -> None:

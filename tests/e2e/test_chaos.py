@@ -6,8 +6,26 @@ import pytest
 
 from proto.events import Kind
 from tests.e2e.disk import PAGE, flip, swap_file
-from tests.e2e.runs import BM, Runner, assert_good, of_kind
+from tests.e2e.runs import BM, HOST, Runner, assert_good, of_kind
 
+STAMPS = (
+    HOST
+    + """
+[[swapd]]
+size_mib = 48
+
+[[vm]]
+vcpus = 2
+memory_mib = 32
+rate_ops_per_s = 20_000
+
+[[vm.task]]
+workload = "stamp"
+count = 4
+memory_kib = 4096
+"""
+)
+"""Half of the pages are on swap when the time begins, and each holds something."""
 DAMAGED = 600
 """Blocks."""
 
@@ -38,17 +56,8 @@ def test_killing_the_daemon_again_and_again_loses_nothing(changes: tuple[str, ..
 
 def test_a_disk_that_returns_other_bytes_is_noticed(runner: Runner) -> None:
     """Pages that came back damaged reach no task: those that need them end, and no read ever sees a wrong word."""
-    path = runner.file(BM)
-    run = runner.start(
-        "run",
-        str(path),
-        "--json",
-        "--seconds",
-        "8",
-        "--set",
-        "vm.rate_ops_per_s=20000",
-        out=runner.folder / "out",
-    )
+    path = runner.file(STAMPS)
+    run = runner.start("run", str(path), "--json", "--seconds", "4", out=runner.folder / "out")
     run.wait_for(": running")
     # Filling memory has put many more pages there.
     flip(swap_file(run, "swapd-0"), list(range(0, DAMAGED * PAGE, PAGE)))

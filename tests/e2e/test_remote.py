@@ -17,8 +17,13 @@ from tests import processes
 from tests.e2e.runs import END_BOUND_S, MIXED, POLL_S, RUN_BOUND_S, Launched, Runner, assert_good
 
 SIZE: Final = ("--size", "64", "--set", "allow_tmpfs=true")
-LONG: Final = MIXED.replace("ops = 1200", "ops = 3000").replace("ops = 3000", "ops = 6000")
-"""Long enough that several things can happen to its daemon."""
+LONG: Final = MIXED.replace("rate_ops_per_s = 200_000", "rate_ops_per_s = 4000")
+"""Slow enough that several things can happen to its daemon: some 5 s."""
+assert LONG != MIXED
+TINY: Final = (
+    '[host]\nallowance_mib = 2\n[[vm]]\nmemory_mib = 4\n[[vm.task]]\nworkload = "stamp"\nmemory_kib = 64\n'
+)
+"""For what does not come so far as to run."""
 
 
 class Far:
@@ -101,7 +106,7 @@ def test_killed_again_and_again(runner: Runner) -> None:
     run.wait_for(": running")
     pid = far.worker
     os.kill(pid, signal.SIGSTOP)
-    time.sleep(1.5)
+    time.sleep(1.0)
     os.kill(pid, signal.SIGCONT)
     for _ in range(4):
         pid = far.worker
@@ -169,7 +174,7 @@ def test_a_wrong_key_gets_nowhere_and_a_second_host_waits(runner: Runner, keys: 
         "swapd-0 at tcp://127.0.0.1": "",
     }
     for k, (says, key) in enumerate(wrong.items()):
-        ended = runner.run(MIXED + far.connect + "give_up_seconds = 1\n" + key, name=f"wrong{k}")
+        ended = runner.run(TINY + far.connect + "give_up_seconds = 1\n" + key, name=f"wrong{k}")
         assert ended.code == 1
         assert says in ended.stderr
     assert_good(first.end())

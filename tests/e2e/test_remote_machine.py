@@ -19,7 +19,6 @@ from tests.e2e.runs import END_BOUND_S, MIXED, POLL_S, RUN_BOUND_S, Launched, Ru
 from tests.e2e.test_remote import LONG, SIZE, assert_survived, locked
 
 PORT = 7070
-LONGER = LONG.replace("ops = 3000", "ops = 6000")
 
 
 @functools.cache
@@ -66,7 +65,7 @@ def connect(machine: Network, folder: Path) -> str:
 
 @pytest.mark.usefixtures("far")
 def test_the_link_goes_down_and_comes_back(machine: Network, runner: Runner) -> None:
-    path = runner.file(LONGER + connect(machine, runner.folder))
+    path = runner.file(LONG + connect(machine, runner.folder))
     run = runner.start("run", str(path), "--json", out=runner.folder / "out")
     run.wait_for(": running")
     for down_s in (0.5, 5.0):

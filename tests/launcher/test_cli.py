@@ -114,7 +114,9 @@ def test_exit_code_of_the_handler_is_returned() -> None:
     assert cli.run(cli.Request(command, argparse.Namespace())) == 1
 
 
-@pytest.mark.parametrize(("rest", "expected"), [([], ["-q"]), (["-x", "tests/proto"], ["-x", "tests/proto"])])
+@pytest.mark.parametrize(
+    ("rest", "expected"), [([], [*cli.WHOLE_SUITE]), (["-x", "tests/proto"], ["-x", "tests/proto"])]
+)
 def test_test_becomes_pytest(rest: list[str], expected: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[list[str]] = []
 

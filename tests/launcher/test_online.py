@@ -19,28 +19,9 @@ from proto.trace import Kind, TraceWriter, read_file
 from report import summary as summaries
 from report.check.api import check_run
 from report.check.online import OnlineCheck
+from tests import small_run
 from tests.launcher.drive import run_fake
 
-TOPOLOGY: Final = """
-[run]
-seconds = 60.0
-[host]
-allowance_mib = 3
-zero_pages = false
-[[vm]]
-vcpus = 2
-memory_mib = 32
-rate_ops_per_s = 200_000
-[[vm.task]]
-workload = "stamp"
-memory_kib = 3072
-ops = {ops}
-[[vm.task]]
-workload = "syscalls"
-count = 2
-memory_kib = 3072
-ops = {ops}
-"""
 RING_BYTES: Final = 3 << 20
 BROKEN: Final = {**ROLES, "host": "tests.launcher.broken_roles:host_main"}
 """Tokens of the host skip numbers."""
@@ -48,7 +29,7 @@ BROKEN: Final = {**ROLES, "host": "tests.launcher.broken_roles:host_main"}
 
 def _topology(folder: Path, ops: int) -> Topology:
     path = folder / "small.toml"
-    path.write_text(TOPOLOGY.format(ops=ops))
+    path.write_text(small_run.topology(ops, ops))
     return load(path, [])
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import pytest
 
@@ -21,44 +19,16 @@ from proto.errors import UserError
 from proto.inputlog import InputLogWriter
 from proto.machine import Path as MachinePath
 from proto.trace import Kind
+from tests.small_run import launch, topology
 from tests.zoo.core import Patch, patched
-
-ROOT: Final = Path(__file__).resolve().parents[2]
-RUN_BOUND_S: Final = 240.0
-"""The first run on a machine compiles every kernel."""
-TOPOLOGY: Final = """
-[run]
-seconds = 60.0
-[host]
-allowance_mib = 3
-zero_pages = false
-[[vm]]
-vcpus = 2
-memory_mib = 32
-rate_ops_per_s = 200_000
-[[vm.task]]
-workload = "stamp"
-memory_kib = 3072
-ops = 1000
-[[vm.task]]
-workload = "syscalls"
-count = 2
-memory_kib = 3072
-ops = 600
-"""
-
-
-def launch(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "launch.py"), *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=RUN_BOUND_S, check=False)
 
 
 def recorded(folder: Path, *words: str) -> Path:
     """A run that ends by itself, with its input log."""
-    topology = folder / "small.toml"
-    topology.write_text(TOPOLOGY)
+    path = folder / "small.toml"
+    path.write_text(topology(1000, 600))
     out = folder / "out"
-    ended = launch("run", str(topology), "--log-inputs", "--out", str(out), "--json", *words)
+    ended = launch("run", str(path), "--log-inputs", "--out", str(out), "--json", *words)
     assert ended.returncode == 0, ended.stderr
     assert not [warning for warning in json.loads(ended.stdout)["warnings"] if "input log" in warning]
     return out
@@ -107,10 +77,10 @@ def test_the_other_modes_are_replayed(tmp_path: Path, mode: str, profile: str) -
 @pytest.mark.timeout(300)
 def test_a_killed_daemon_is_replayed(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    topology = tmp_path / "small.toml"
-    topology.write_text(TOPOLOGY.replace("ops = 1000", "").replace("ops = 600", ""))
+    path = tmp_path / "small.toml"
+    path.write_text(topology(None, None))
     ended = launch(
-        "chaos", str(topology), "--every", "400ms", "--for", "1500ms", "--log-inputs", "--out", str(out)
+        "chaos", str(path), "--every", "400ms", "--for", "1500ms", "--log-inputs", "--out", str(out)
     )
     assert ended.returncode == 0, ended.stderr
     found = same(out)
@@ -123,10 +93,10 @@ def test_a_killed_daemon_is_replayed(tmp_path: Path) -> None:
 @pytest.mark.timeout(300)
 def test_each_set_of_processes_of_a_restarted_run_is_replayed(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    topology = tmp_path / "small.toml"
-    topology.write_text(TOPOLOGY.replace("ops = 1000", "").replace("ops = 600", ""))
+    path = tmp_path / "small.toml"
+    path.write_text(topology(None, None))
     ended = launch(
-        "run", str(topology), "--seconds", "1.5", "--restart-at", "700ms", "--log-inputs", "--out", str(out)
+        "run", str(path), "--seconds", "1.5", "--restart-at", "700ms", "--log-inputs", "--out", str(out)
     )
     assert ended.returncode == 0, ended.stderr
     parts = [replay.replay(out, "host", part=part) for part in (1, 2)]

@@ -130,11 +130,22 @@ class Story:
             self.add(Kind.ACK, cpu, a=1)
             self.add(Kind.MSR_WR, cpu, a=MSR_ACK, b=1)
 
-    def told(self, token: int, cpu: int = 0, *, task: int = 1) -> None:
-        """From the ready event to the woken task."""
+    def hears(self, token: int, cpu: int = 0) -> None:
+        """The ready event, up to the guest's taking it."""
         self.ready(token, cpu)
         self.deliver(cpu, token)
         self.take_ready(cpu, token)
+
+    def finds_nobody(self, token: int, cpu: int = 0) -> None:
+        """The page comes, and nobody sleeps: a dummy is added."""
+        self.done(token, cpu)
+        self.hears(token, cpu)
+        self.wake(token, cpu, variant=1)
+        self.consumed(cpu, token)
+
+    def told(self, token: int, cpu: int = 0, *, task: int = 1) -> None:
+        """From the ready event to the woken task."""
+        self.hears(token, cpu)
         self.wake(token, cpu, task=task)
         self.consumed(cpu, token)
         self.resume(token, cpu, task=task)
@@ -169,6 +180,22 @@ class Story:
         checker = Checker(self.profile, recorded=recorded)
         checker.feed(self.events())
         return checker.finish("story", **end)
+
+
+def on_two_vcpus(lives: int, *, lost: bool = False) -> Story:
+    """Faults on two vCPUs, told alternately; lost: the guest forgets one sleeper."""
+    story = Story()
+    story.boot()
+    story.boot(1)
+    for number in range(1, lives + 1):
+        for cpu in (0, 1):
+            story.life(number, 10 + number, cpu)
+    if lost:
+        token = story.asleep(lives + 1, 10)
+        story.done(token)
+        story.hears(token)
+        story.consumed(0, token)
+    return story
 
 
 def numbers(verdict: Verdict) -> set[int]:

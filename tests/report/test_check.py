@@ -21,7 +21,7 @@ from report.check.recorded import read_recording
 from report.check.rules import LIVENESS, RULES
 from report.check.source import open_files, open_run
 from report.check.state import FIRST_RECORDS, FIRST_ROWS, V_RECORDS
-from tests.report.check_story import USER, Story, numbers
+from tests.report.check_story import USER, Story, numbers, on_two_vcpus
 
 DATA = Path(__file__).parent / "data"
 RECORDINGS = sorted(DATA.glob("*.jsonl"))
@@ -30,30 +30,12 @@ ANNOUNCED = (
 )
 
 
-def _two_vcpus(lives: int = 40, *, lost: bool = False) -> Story:
-    """Faults on two vCPUs, told alternately; lost: the guest forgets one sleeper."""
-    story = Story()
-    story.boot()
-    story.boot(1)
-    for number in range(1, lives + 1):
-        for cpu in (0, 1):
-            story.life(number, 10 + number, cpu)
-    if lost:
-        token = story.asleep(lives + 1, 10)
-        story.done(token)
-        story.ready(token)
-        story.deliver(0, token)
-        story.take_ready(0, token)
-        story.consumed(0, token)
-    return story
-
-
 # -- the checker ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("window", [1, 7, 64, 10_000])
 def test_windows_of_any_size_give_the_same_verdict(window: int) -> None:
-    events = _two_vcpus(lost=True).events()
+    events = on_two_vcpus(40, lost=True).events()
     checker = Checker("mainline")
     for at in range(0, len(events), window):
         checker.feed(events[at : at + window].copy())
@@ -65,7 +47,7 @@ def test_windows_of_any_size_give_the_same_verdict(window: int) -> None:
 
 def test_memory_grows_with_live_tokens_only() -> None:
     checker = Checker("mainline")
-    checker.feed(_two_vcpus(3000).events())
+    checker.feed(on_two_vcpus(3000).events())
     assert checker._tables.t.shape[:2] == (FIRST_ROWS, FIRST_RECORDS)
     assert checker.finish("x").ok
 
@@ -86,7 +68,7 @@ def test_tables_grow_when_they_have_to() -> None:
 def test_two_vms_have_their_own_vcpus_and_tokens() -> None:
     parts = []
     for vm in (0, 3):
-        part = _two_vcpus(5).events()
+        part = on_two_vcpus(5).events()
         part["vm"] = vm
         part["lamport"] = part["lamport"] * 2 + (vm > 0)
         parts.append(part)
@@ -200,7 +182,7 @@ def _write(run_dir: Path, story: Story, *, ended: str = "finished", close: bool 
 
 
 def test_a_run_directory(tmp_path: Path) -> None:
-    story = _two_vcpus(lost=True)
+    story = on_two_vcpus(40, lost=True)
     _write(tmp_path, story)
     verdict = check_run(tmp_path)
     assert numbers(verdict) == {47}
@@ -210,7 +192,7 @@ def test_a_run_directory(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("window", [1, 3, 50, 1 << 17])
 def test_windows_of_files_are_the_merged_run(tmp_path: Path, window: int) -> None:
-    _write(tmp_path, _two_vcpus(20))
+    _write(tmp_path, on_two_vcpus(20))
     source = open_run(tmp_path)
     windows = list(source.windows(window))
     assert max(map(len, windows)) <= window
@@ -252,7 +234,7 @@ def test_a_stop_excuses_what_was_under_way_and_an_interruption_all_of_liveness(
 
 
 def test_a_cut_file_is_checked_up_to_the_cut(tmp_path: Path) -> None:
-    _write(tmp_path, _two_vcpus(20, lost=True))
+    _write(tmp_path, on_two_vcpus(20, lost=True))
     path = tmp_path / "events" / "vcpu-1.bin"
     with path.open("r+b") as file:
         file.truncate(HEADER_BYTES + 10 * 64 + 17)
@@ -260,7 +242,7 @@ def test_a_cut_file_is_checked_up_to_the_cut(tmp_path: Path) -> None:
     verdict = check_run(tmp_path)
     assert verdict.ok
     assert not verdict.liveness
-    assert verdict.events == last < len(_two_vcpus(20).rows)
+    assert verdict.events == last < len(on_two_vcpus(20).rows)
     assert any("10 of" in note for note in verdict.notes)
     assert any(f"checked up to Lamport counter {last}" in note for note in verdict.notes)
 
@@ -290,7 +272,7 @@ def test_a_damaged_file_is_refused_or_judged_never_crashed_on(
     tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[int, int]]
 ) -> None:
     folder = tmp_path_factory.mktemp("damaged")
-    _write(folder, _two_vcpus(2))
+    _write(folder, on_two_vcpus(2))
     path = folder / "events" / "host.bin"
     data = bytearray(path.read_bytes())
     for at, value in changes:
@@ -305,14 +287,14 @@ def test_a_damaged_file_is_refused_or_judged_never_crashed_on(
 
 
 def test_a_full_file_and_a_file_cut_in_its_header(tmp_path: Path) -> None:
-    _write(tmp_path, _two_vcpus(3))
+    _write(tmp_path, on_two_vcpus(3))
     (tmp_path / "events" / "host.bin").unlink()
     with TraceWriter(tmp_path / "events" / "host.bin", 0, 5 * 64) as writer:
         for _ in range(9):
             writer.event(Kind.SLOT_READ0)
     verdict = check_run(tmp_path)
     assert any("4 later events were not recorded" in note for note in verdict.notes)
-    assert verdict.events < len(_two_vcpus(3).rows)
+    assert verdict.events < len(on_two_vcpus(3).rows)
     with (tmp_path / "events" / "host.bin").open("r+b") as file:
         file.truncate(100)
     verdict = check_run(tmp_path)
@@ -320,7 +302,7 @@ def test_a_full_file_and_a_file_cut_in_its_header(tmp_path: Path) -> None:
 
 
 def test_a_cut_file_of_a_daemon_cuts_nothing(tmp_path: Path) -> None:
-    _write(tmp_path, _two_vcpus(3))
+    _write(tmp_path, on_two_vcpus(3))
     with (tmp_path / "events" / "swapd-0-0.bin").open("r+b") as file:
         file.truncate(100)
     verdict = check_run(tmp_path)
@@ -330,7 +312,7 @@ def test_a_cut_file_of_a_daemon_cuts_nothing(tmp_path: Path) -> None:
 
 
 def test_unknown_kinds_are_refused_with_the_version(tmp_path: Path) -> None:
-    _write(tmp_path, _two_vcpus(3))
+    _write(tmp_path, on_two_vcpus(3))
     path = tmp_path / "events" / "host.bin"
     data = bytearray(path.read_bytes())
     at = HEADER_BYTES + 20
@@ -349,7 +331,7 @@ def test_other_bad_input(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(UserError, match="nothing that can be checked"):
         list(check_paths([tmp_path / "notes.txt"]))
-    _write(tmp_path / "run", _two_vcpus(1))
+    _write(tmp_path / "run", on_two_vcpus(1))
     (tmp_path / "run" / "run.json").write_text('{"topology": 3}')
     with pytest.raises(UserError, match=r"not the run\.json"):
         check_run(tmp_path / "run")
@@ -430,8 +412,8 @@ def test_a_bad_line_is_refused_with_file_and_line(tmp_path: Path, line: str, mes
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _write(tmp_path / "good", _two_vcpus(3))
-    _write(tmp_path / "bad", _two_vcpus(3, lost=True))
+    _write(tmp_path / "good", on_two_vcpus(3))
+    _write(tmp_path / "bad", on_two_vcpus(3, lost=True))
     shutil.copy(RECORDINGS[0], tmp_path / "kernel.jsonl")
     assert main(["check", str(tmp_path / "good"), str(tmp_path / "kernel.jsonl")]) == 0
     text = capsys.readouterr().out

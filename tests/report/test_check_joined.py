@@ -13,7 +13,7 @@ from report.check.api import check_run
 from report.check.checker import Checker
 from report.check.verdict import Verdict
 from tests.report.check_story import MSR_EN, USER, Story, numbers
-from tests.report.test_check_invariants import STORIES
+from tests.report.stories import STORIES
 
 
 def _from(events: Events, start: int, profile: str) -> Verdict:
@@ -47,12 +47,7 @@ def _long_story(profile: str) -> Story:
         early = story.fault(number, 102)
         story.inject(early)
         story.handle(early)
-        story.done(early)
-        story.ready(early)
-        story.deliver(0, early)
-        story.take_ready(0, early)
-        story.wake(early, variant=1)
-        story.consumed(0, early)
+        story.finds_nobody(early)
         story.sleep(early, variant=2)
         if profile != "v3":
             number += 1

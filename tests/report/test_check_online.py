@@ -17,7 +17,7 @@ from proto.trace_live import LiveFile
 from report.check.checker import Checker
 from report.check.online import OnlineCheck
 from report.check.verdict import Verdict
-from tests.report.check_story import Story, numbers
+from tests.report.check_story import Story, numbers, on_two_vcpus
 
 NAMES = {0: "host", 1: "vcpu-0", 2: "vcpu-1", 2000: "swapd-0-0"}
 
@@ -71,23 +71,6 @@ def running(folder: Path, story: Story, ring: int = 1 << 12) -> Iterator[Run]:
         run.check.close()
 
 
-def _story(lives: int = 60, *, lost: bool = False) -> Story:
-    story = Story()
-    story.boot()
-    story.boot(1)
-    for number in range(1, lives + 1):
-        for cpu in (0, 1):
-            story.life(number, 10 + number, cpu)
-    if lost:
-        token = story.asleep(lives + 1, 10)
-        story.done(token)
-        story.ready(token)
-        story.deliver(0, token)
-        story.take_ready(0, token)
-        story.consumed(0, token)
-    return story
-
-
 def _whole(story: Story) -> dict[str, Any]:
     checker = Checker(story.profile)
     checker.feed(story.events())
@@ -105,7 +88,7 @@ def test_the_verdict_is_that_of_the_whole_run(
     tmp_path_factory: pytest.TempPathFactory, seed: int, lost: bool
 ) -> None:
     rng = random.Random(seed)
-    story = _story(30, lost=lost)
+    story = on_two_vcpus(30, lost=lost)
     with running(tmp_path_factory.mktemp("run"), story, ring=1 << 11) as run:
         while run.told < len(story.rows):
             match rng.randrange(4):
@@ -121,7 +104,7 @@ def test_the_verdict_is_that_of_the_whole_run(
 
 
 def test_small_rings_are_recycled_while_the_reader_keeps_up(tmp_path: Path) -> None:
-    story = _story(400, lost=True)
+    story = on_two_vcpus(400, lost=True)
     with running(tmp_path, story, ring=128) as run:
         while run.told < len(story.rows):
             run.tell(20)
@@ -156,7 +139,7 @@ def test_an_idle_process_holds_up_nothing_once_it_has_looked(tmp_path: Path) -> 
 
 
 def test_a_process_that_has_not_begun_holds_everything_up(tmp_path: Path) -> None:
-    story = _story(3)
+    story = on_two_vcpus(3)
     run = Run(tmp_path, story)
     run.writers.pop(2).close()
     (tmp_path / "vcpu-1.bin").unlink()
@@ -173,7 +156,7 @@ def test_a_process_that_has_not_begun_holds_everything_up(tmp_path: Path) -> Non
 
 
 def test_a_reader_that_was_behind_ends_the_check_where_events_are_missing(tmp_path: Path) -> None:
-    story = _story(200, lost=True)
+    story = on_two_vcpus(200, lost=True)
     with running(tmp_path, story, ring=512) as run:
         run.tell(300)
         run.tick()
@@ -188,7 +171,7 @@ def test_a_reader_that_was_behind_ends_the_check_where_events_are_missing(tmp_pa
 
 
 def test_a_process_that_breaks_its_promise_ends_the_check(tmp_path: Path) -> None:
-    story = _story(20)
+    story = on_two_vcpus(20)
     with running(tmp_path, story) as run:
         run.tell(len(story.rows) // 2)
         for _ in range(2):
@@ -207,7 +190,7 @@ def test_a_process_that_breaks_its_promise_ends_the_check(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("damage", [False, True])
 def test_a_killed_or_damaged_process_cuts_the_check(tmp_path: Path, damage: bool) -> None:
-    story = _story(20)
+    story = on_two_vcpus(20)
     run = Run(tmp_path, story)
     run.tell(len(story.rows))
     if damage:
@@ -245,7 +228,7 @@ def test_a_run_without_events_proves_nothing(tmp_path: Path) -> None:
 
 
 def test_files_of_daemons_that_were_replaced_are_let_go(tmp_path: Path) -> None:
-    with running(tmp_path, _story(3)) as run:
+    with running(tmp_path, on_two_vcpus(3)) as run:
         for epoch in range(1, 40):
             with TraceWriter(tmp_path / f"swapd-0-{epoch}.bin", 2000, 6400) as writer:
                 writer.event(Kind.SWAP_IN)
@@ -266,7 +249,7 @@ def test_a_turn_does_a_bounded_amount_of_work(tmp_path: Path, monkeypatch: pytes
         return events
 
     monkeypatch.setattr(LiveFile, "take", counted)
-    story = _story(100)
+    story = on_two_vcpus(100)
     with running(tmp_path, story) as run:
         run.tell(len(story.rows))
         run.check.turn()
@@ -282,7 +265,7 @@ def test_a_turn_does_a_bounded_amount_of_work(tmp_path: Path, monkeypatch: pytes
 def test_a_turn_is_used_by_who_has_recorded_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many idle processes beside one that works: their shares are not kept free for them."""
     monkeypatch.setattr("report.check.online.EVENTS_PER_TURN", 400)
-    story = _story(40)
+    story = on_two_vcpus(40)
     with running(tmp_path, story) as run:
         idle = [TraceWriter(tmp_path / f"vcpu-{cpu}.bin", 1 + cpu, 1 << 16) for cpu in range(2, 80)]
         for writer in idle:
@@ -306,7 +289,7 @@ def test_what_comes_during_a_turn_does_not_hold_it_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A process that was idle for long records an event while others' files are read: that is above the floor of the turn."""
-    story = _story(20)
+    story = on_two_vcpus(20)
     with running(tmp_path, story) as run:
         run.tell(len(story.rows))
         run.check.turn()
@@ -327,7 +310,7 @@ def test_what_comes_during_a_turn_does_not_hold_it_up(
 
 
 def test_how_far_it_is_behind_is_known(tmp_path: Path) -> None:
-    story = _story(20)
+    story = on_two_vcpus(20)
     with running(tmp_path, story, ring=1 << 10) as run:
         assert (run.check.behind(), run.check.behind_max, run.check.fullest) == (0, 0, 0.0)
         run.tell(len(story.rows))
