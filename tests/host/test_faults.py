@@ -8,12 +8,12 @@ import subprocess
 import sys
 from array import array
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from host import faults as module
 from host.faults import HostFaults
 from proto.events import Kind
 from proto.faults import FIRED, KINDS, FaultMachine, Spec, target_code, words_needed
@@ -42,8 +42,9 @@ class Bench:
     def send(self, *names: str, at_ns: int = START + 1, daemon: int = 0) -> list[str]:
         """What has arrived when these were sent."""
         for name in names:
-            self.faults.message(daemon, at_ns, lambda name=name: self.got.append(name))
-        got, self.got = self.got, []
+            self.faults.message(daemon, at_ns, partial(self.got.append, name))
+        got = list(self.got)
+        self.got.clear()
         return got
 
     def events(self) -> list[tuple[int, str, int, int]]:
@@ -67,7 +68,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 @pytest.fixture
 def child(monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[bytes]]:
     """A process that this one's zygote forked, as far as the module can tell."""
-    monkeypatch.setattr(module.os, "getppid", os.getpid)
+    monkeypatch.setattr(os, "getppid", os.getpid)
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     yield process
     process.kill()
