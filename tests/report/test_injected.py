@@ -44,7 +44,7 @@ def test_what_happened_is_in_the_table() -> None:
     ]
     assert list(injected.lines(found)) == [
         "fault 0, kill swapd every 1000 ms: 3 of 4, 1 passed over",
-        "fault 1, bit_flip swapd every 3. read, 2 times: 2 of 2",
+        "fault 1, bit_flip swapd every 3rd read, 2 times: 2 of 2",
     ]
     assert summaries.failures(summary(found)) == []
 
@@ -70,7 +70,7 @@ def test_what_did_not_happen_fails_a_run_that_finished(fault: dict[str, Any], fi
 def test_a_page_that_was_lost_on_purpose_costs_its_task_and_not_the_run() -> None:
     found = rows({"do": "bad_block", "nth": 3}, fired=(1,))
     assert summaries.failures(summary(found, machine_checks=1)) == []
-    assert "cost 1 guest tasks: fault 0, bad_block swapd 3. read" in injected.lost_pages(1, found)
+    assert "cost 1 guest tasks: fault 0, bad_block swapd 3rd read" in injected.lost_pages(1, found)
     assert injected.lost_pages(0, found) == ""
     assert summaries.failures(summary(found, machine_checks=1, oom=2)) == [
         "2 guest tasks were killed (2 by oom)"
