@@ -16,7 +16,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,8 +23,6 @@ import numpy as np
 import zmq
 
 from host import events as ev
-from host.copies import SLOTS_PER_DAEMON
-from host.faults import HostFaults
 from host.image import Restoring, Saving
 from host.logged import Recording, start_recording
 from host.machine_reset import MachineReset, from_command
@@ -36,7 +33,6 @@ from host.schedule import Guest, Schedule
 from host.setup import ShellObserver, build_machines, memslots
 from host.swap import op_of
 from proto import atomics, link, wire
-from proto.faults import FaultMachine
 from proto.layout import (
     CTL_ABORT,
     CTL_BARRIER,
@@ -49,10 +45,9 @@ from proto.lives import Where
 from proto.machine import Machine
 from proto.run import PROC_HOST, RunContext
 from proto.stats import HostCounter, host_block
-from proto.topology_faults import schedule
 from proto.trace import Kind
 from proto.units import PAGE_SIZE
-from proto.wire import OP_READ, OP_WRITE, Inject, Message, Nack, WireError
+from proto.wire import OP_READ, OP_WRITE, Message, Nack, WireError
 
 DRAIN_MAX: Final = 64
 """Messages taken before the effects go out: bounds how long an answer may wait for its batch."""
@@ -137,9 +132,6 @@ class HostShell:
             self._opened.callback(self.restoring.close)
         self._sockets()
         self.outbox = Outbox(self._send)
-        self.faults = self._faults()
-        if self.faults is not None:
-            self._opened.callback(self.faults.close)
         self.timers: list[tuple[int, int, int]] = []
         self.routed: deque[tuple[Any, Any]] = deque()
         self.io: dict[int, list[ev.SendIo]] = {}
@@ -183,9 +175,6 @@ class HostShell:
             ev.PagesLost: self._pages_lost,
             **self._image_effects(),
         }
-        if self.faults is not None:
-            self._effects[ev.SwapInDone] = partial(self._swapped, self.faults, "swap_in.done")
-            self._effects[ev.SwapOutDone] = partial(self._swapped, self.faults, "swap_out.done")
         self._messages: dict[
             type[Any], Callable[[tuple[str, int, int], bytes, Any, Sequence[bytes]], None]
         ] = {
@@ -265,18 +254,6 @@ class HostShell:
         )
         self._opened.callback(self.remote.close)
 
-    def _faults(self) -> HostFaults | None:
-        """The schedule of what goes wrong, where there is one."""
-        if (segment := self.ctx.segments.get("faults")) is None:
-            return None
-        run, daemons = self.topology.run, self.topology.swapd
-        specs = schedule(self.topology.fault, len(daemons), run.seconds, run.seed)
-        elsewhere = frozenset(self.remote.daemons)
-        self.obs.ready = []
-        return HostFaults(
-            FaultMachine(specs, segment.u64.data), self.writer, elsewhere, self.remote.disconnect
-        )
-
     # -- the loop ------------------------------------------------------------------------------------------
     def loop(self) -> None:
         """Until BYE or abort."""
@@ -293,8 +270,6 @@ class HostShell:
         if self.outbox:
             self.outbox.retry()
         self._due(now)
-        if self.faults is not None:
-            self.faults.turn(now)
         if self.vm.grace_pending:
             self._feed(self.vm, ev.LookAtGrace())
         if (image := self.saving or self.restoring) is not None:
@@ -314,8 +289,6 @@ class HostShell:
         due = now + IDLE_POLL_MS * 1_000_000
         if self.timers:
             due = min(due, self.timers[0][0])
-        if self.faults is not None and (fault_ns := self.faults.next_ns(now)) is not None:
-            due = min(due, fault_ns)
         if (hedge_ns := self.swap.next_hedge_ns) > 0:
             due = min(due, hedge_ns)
         if self.started and not self.stopped:
@@ -383,19 +356,6 @@ class HostShell:
             machine, event = routed.popleft()
             for effect in on(machine, (event,), now):
                 effects[type(effect)](effect)
-            if self.obs.ready and self.faults is not None:
-                self._ready_sent(self.faults)
-
-    def _ready_sent(self, faults: HostFaults) -> None:
-        """Its effects have left: the step is done."""
-        sent, self.obs.ready = self.obs.ready, []
-        for vm, vcpu in sent or ():
-            faults.step("ready.sent", "vcpu", self.ctx.first_cpu(vm) + vcpu, time.monotonic_ns())
-
-    def _swapped(self, faults: HostFaults, step: str, effect: ev.SwapInDone | ev.SwapOutDone) -> None:
-        if effect.ok:
-            faults.step(step, "swapd", effect.slot // SLOTS_PER_DAEMON, time.monotonic_ns())
-        self._to_vm(effect)
 
     def _to_vm(self, event: Any) -> None:
         self.routed.append((self.vm, event))
@@ -447,16 +407,12 @@ class HostShell:
             if self.restoring is not None:
                 self.restoring.begin()
         elif kind == "V" and message.role == wire.Role.VCPU and number < len(self.vcpus):
-            if self.faults is not None:
-                self.faults.hello("vcpu", number, message.pid)
             if self.restoring is None:
                 self.outbox.put(identity, wire.Welcome(0, 0))
             else:
                 self.restoring.hello(number)
         elif kind == "S" and message.role == wire.Role.SWAPD and self._is_ours(number):
             self._daemon_hello(number, epoch, identity)
-            if self.faults is not None:
-                self.faults.hello("swapd", number, message.pid)
         else:
             raise WireError(Nack.STRANGER, f"no {kind}{number} in this run")
 
@@ -521,25 +477,12 @@ class HostShell:
         kind, number, epoch = peer
         if kind != "S" or number >= len(self.daemons):
             raise WireError(Nack.STRANGER, "IO_DONE from a peer that is no daemon")
-        if self.faults is None:
-            self._io_answered(number, epoch, message, extra)
-        else:
-            self.faults.message(
-                number,
-                time.monotonic_ns(),
-                partial(self._io_answered_late, identity, number, epoch, message, extra),
-            )
+        self._answered(identity, number, epoch, message, extra)
 
-    def _io_answered_late(
-        self, identity: bytes, number: int, epoch: int, message: wire.IoDone, extra: Sequence[bytes]
+    def _answered(
+        self, _identity: bytes, number: int, epoch: int, message: wire.IoDone, extra: Sequence[bytes]
     ) -> None:
-        """Perhaps held back, or for the second time."""
-        try:
-            self._io_answered(number, epoch, message, extra)
-        except WireError as error:
-            self._refuse(identity, error)
-
-    def _io_answered(self, number: int, epoch: int, message: wire.IoDone, extra: Sequence[bytes]) -> None:
+        """Answers of a daemon."""
         daemon = self.daemons[number]
         if epoch != daemon.epoch or message.epoch != epoch or not daemon.up:
             self.obs.count(HostCounter.STALE_REPLIES, len(message.records))
@@ -690,8 +633,6 @@ class HostShell:
     def _enter(self, effect: ev.Enter) -> None:
         self.writer.lamport += 1
         self.outbox.put(self.cpu_identity[effect.cpu], effect.record._replace(lamport=self.writer.lamport))
-        if self.faults is not None and effect.record.inject == Inject.PF_NOT_PRESENT:
-            self.faults.step("fault.announced", "vcpu", effect.cpu, time.monotonic_ns())
 
     def _kick(self, effect: ev.KickVcpu) -> None:
         """Send first, then ring: a vCPU that sees the bell will find the message."""
@@ -719,27 +660,14 @@ class HostShell:
                 self.writer.lamport += 1
                 settled = self.swap.settled(number)
                 message = wire.Io(batch[0].epoch, self.writer.lamport, settled, records)
-                if self.faults is None:
-                    self._send(daemon.identity, message, pages)
-                else:
-                    self._send_io_faulty(self.faults, number, batch, message, pages)
+                self._ask(number, batch, message, pages)
         self.io.clear()
 
-    def _send_io_faulty(
-        self,
-        faults: HostFaults,
-        number: int,
-        batch: Sequence[ev.SendIo],
-        message: wire.Io,
-        pages: Sequence[memoryview],
+    def _ask(
+        self, number: int, _batch: Sequence[ev.SendIo], message: wire.Io, pages: Sequence[memoryview]
     ) -> None:
-        # Copies: a message that is held back holds what it would have held.
-        kept = [memoryview(bytes(page)) for page in pages]
-        identity, now = self.daemons[number].identity, time.monotonic_ns()
-        faults.message(number, now, partial(self._send, identity, message, kept))
-        for request in batch:
-            step = "swap_in.sent" if request.op == OP_READ else "swap_out.sent"
-            faults.step(step, "swapd", number, time.monotonic_ns(), request.request)
+        """Requests to a daemon."""
+        self._send(self.daemons[number].identity, message, pages)
 
     def _heartbeat(self, now: int) -> None:
         for number, daemon in enumerate(self.daemons):
@@ -787,8 +715,6 @@ class HostShell:
         """The measured time runs, and began at ``start_ns``; so do the daemons' models."""
         self.started = True
         self.start_ns = start_ns
-        if self.faults is not None:
-            self.faults.machine.start(start_ns)
         self.stop_at_ns = start_ns + int(self.topology.run.seconds * 1e9)
         for daemon in self.daemons:
             if daemon.up:
@@ -848,8 +774,6 @@ class HostShell:
         if self.stopped:
             return
         self.stopped = True
-        if self.faults is not None:
-            self.faults.machine.stop(time.monotonic_ns())
         self.obs.trace(Kind.STOP, a=0 if reason == "time" else 1)
         atomics.py_store(self.control, CTL_STOP, np.uint64(1))
         self._poke_all()
@@ -867,7 +791,7 @@ class HostShell:
             self._to_launcher(wire.Finished("all vCPUs powered down"))
 
     def close(self) -> None:
-        """Sockets, trace file, input log, images, what faults hold."""
+        """Sockets, trace file, input log, images."""
         if self.saving is not None:
             self._opened.callback(self.saving.close)
         self._opened.close()
@@ -883,9 +807,17 @@ def warm() -> None:
     warm_host()
 
 
+def _shell_of(ctx: RunContext) -> HostShell:
+    if "faults" not in ctx.segments:
+        return HostShell(ctx)
+    from host.faulty_shell import FaultyShell  # noqa: PLC0415 - which is made of the class above
+
+    return FaultyShell(ctx)
+
+
 def main(ctx: RunContext) -> None:
     """Entry point of the host process."""
-    shell = HostShell(ctx)
+    shell = _shell_of(ctx)
     gc.freeze()
     try:
         shell.loop()

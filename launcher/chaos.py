@@ -102,13 +102,21 @@ class Chaos:
         for spec in self._processes:
             fired, known = self.machine.word(spec, FIRED), self._known[spec.number]
             self._known[spec.number] = fired
-            if spec.kind == "stop" and fired > known:
+            numbers = self._targets(spec, known, fired)
+            if spec.kind == "stop":
                 until_ns = self.machine.word(spec, LAST_NS) + spec.for_ns
-                self._stopped.append(_Stopped(until_ns, spec.role, self.machine.word(spec, ON)))
+                self._stopped += [_Stopped(until_ns, spec.role, number) for number in numbers]
             elif spec.step:
-                # One that waits for a step never passes a turn over, so its turns are its firings.
-                found += [(spec, spec.targets[nth % len(spec.targets)]) for nth in range(known, fired)]
+                found += [(spec, number) for number in numbers]
         return found
+
+    def _targets(self, spec: Spec, known: int, fired: int) -> list[int]:
+        """Whom it happened to since it had happened ``known`` times."""
+        if spec.step:
+            # One that waits for a step never passes a turn over, so its turns are its firings.
+            return [spec.targets[nth % len(spec.targets)] for nth in range(known, fired)]
+        # Done here, and looked at each time.
+        return [self.machine.word(spec, ON)] * (fired > known)
 
     def over(self, now_ns: int) -> list[tuple[str, int]]:
         """Stopped processes that go on now."""

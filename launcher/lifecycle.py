@@ -299,7 +299,7 @@ class Lifecycle:
 
         why: of a kill, to be told if it ends the run.
         """
-        if self.phase is not Phase.RUNNING:
+        if self.phase is Phase.OVER or (self.phase is not Phase.RUNNING and what != signal.SIGCONT):
             return []
         if role == "zygote":
             self.ordered(role, number, why)

@@ -216,14 +216,20 @@ def _times_ns(number: int, fault: Fault, seconds: float, seed: int) -> tuple[int
     return tuple(times) or (rng.randrange(first, end),)
 
 
+def _ordinal(number: int) -> str:
+    ending = "th" if number // 10 % 10 == 1 else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}{ending}"
+
+
 def describe(fault: Fault) -> str:
     """When it is to happen, in words."""
     if fault.at or fault.nth:
         what = fault.at or {"io.done": "read or write", "link.message": "message"}.get(
             NATURAL[fault.do], NATURAL[fault.do].partition(".")[0]
         )
-        nth = f"every {fault.nth}. " if fault.times > 1 and fault.nth > 1 else f"{max(1, fault.nth)}. "
-        text = f"{nth}{what}" + (f", {fault.times} times" if fault.times > 1 else "")
+        nth = _ordinal(max(1, fault.nth))
+        nth = f"every {nth}" if fault.times > 1 and fault.nth > 1 else nth
+        text = f"{nth} {what}" + (f", {fault.times} times" if fault.times > 1 else "")
     elif fault.every_ms:
         text = f"every {fault.every_ms:g} ms"
     elif fault.rate_per_s:

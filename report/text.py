@@ -36,7 +36,7 @@ def render(summary: Mapping[str, Any]) -> str:
         rows.append(("replicas", _replicas(summary["replicas"])))
     if summary["outage"] and summary["outage"]["count"]:
         rows.append(("outages", _outage(summary["outage"])))
-    rows += [("fault" if i else "faults", line) for i, line in enumerate(injected.lines(summary["injected"]))]
+    rows += [("" if i else "injected", line) for i, line in enumerate(injected.lines(summary["injected"]))]
     if summary["save_restore"]:
         rows.append(("moves", _moves(summary["save_restore"])))
     if summary["growth"] and summary["growth"]["judged"]:

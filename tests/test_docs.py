@@ -9,6 +9,8 @@ from typing import Final
 
 import pytest
 
+from proto.faults import KINDS, STEPS
+
 ROOT: Final = Path(__file__).parents[1]
 PAGE: Final = (ROOT / "docs" / "seed-patches.md").read_text()
 SECTIONS: Final = re.split(r"^## ", PAGE, flags=re.MULTILINE)[1:]
@@ -133,3 +135,19 @@ def test_what_shows_a_test_point_exists() -> None:
                 assert not name or name in defined(ROOT / file), span
             elif span != "elided":
                 assert any(Path(stem).match(span) for stem in scenarios), span
+
+
+def test_every_step_and_kind_of_fault_is_in_the_page_about_them() -> None:
+    text = (ROOT / "docs" / "chaos.md").read_text()
+    steps, kinds = (re.split(r"^## ", text, flags=re.MULTILINE)[i] for i in (3, 4))
+    first = [line.split("|")[1] for line in steps.splitlines() if line.startswith("| `")]
+    assert {name for cell in first for name in CODE.findall(cell)} == set(STEPS)
+    first = [line.split("|")[1] for line in kinds.splitlines() if line.startswith("| `")]
+    assert {name for cell in first for name in CODE.findall(cell)} == set(KINDS)
+    seen = {
+        name: line.split("|")[2].strip()
+        for line in steps.splitlines()
+        if line.startswith("| `")
+        for name in CODE.findall(line.split("|")[1])
+    }
+    assert seen == {name: step.seen_by for name, step in STEPS.items()}

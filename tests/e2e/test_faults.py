@@ -119,7 +119,7 @@ def test_a_fault_that_cannot_happen_fails_the_run(runner: Runner) -> None:
     )
     assert ended.code == 1
     assert (
-        "fault 0, kill swapd 90. daemon.hello happened 0 times of 1 (the step was seen 0 times)"
+        "fault 0, kill swapd 90th daemon.hello happened 0 times of 1 (the step was seen 0 times)"
         in ended.stderr
     )
     assert ended.summary["ended"] == "finished"
@@ -142,7 +142,7 @@ def test_a_killed_vcpu_ends_the_run_with_who_wanted_it(runner: Runner) -> None:
     )
     assert ended.code == 1
     assert (
-        "vcpu-1 killed by SIGKILL (as fault 0 of the schedule wants: kill 10. fault.announced)"
+        "vcpu-1 killed by SIGKILL (as fault 0 of the schedule wants: kill 10th fault.announced)"
         in ended.summary["ended"]
     )
     assert ended.summary["injected"][0]["fired"] == 1

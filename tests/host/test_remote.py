@@ -210,3 +210,23 @@ def test_a_stale_nack_makes_it_attach_again(attached: World) -> None:
     attached.heard.clear()
     attached.say(wire.NackMsg(Nack.STALE_EPOCH, 0, "who are you"))
     assert attached.says(wire.Attach).session
+
+
+def test_a_connection_that_was_closed_on_purpose_is_made_again(world: World) -> None:
+    world.say(wire.Offer(FIRST, 7, SLOTS, 1))
+    world.until(lambda: world.shell.daemons[0].up)
+    remote, attached = world.shell.remote, sum(isinstance(one, wire.Attach) for one in world.heard)
+    now_ns = time.monotonic_ns()
+    remote.disconnect(0, now_ns + 1_000_000)
+    remote.disconnect(0, now_ns + 2_000_000)
+    daemon = remote.daemons[0]
+    assert not daemon.send(wire.Ping(0, 1), ()), "there is no connection"
+    remote.drain()
+    daemon.revive(now_ns + 1_500_000)
+    assert daemon.closed_until_ns, "the later time counts"
+    daemon.revive(now_ns + 2_000_000)
+    assert world.says(wire.Attach, attached + 1).session
+    world.say(wire.Offer(FIRST, 7, SLOTS, 1))
+    world.says(wire.Welcome, 2)
+    assert world.shell.swap.daemons[0].state is DaemonState.UP
+    assert world.shell.daemons[0].epoch == 0, "the same incarnation"

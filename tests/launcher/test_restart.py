@@ -87,6 +87,10 @@ def test_a_run_with_scheduled_events_is_refused() -> None:
     with pytest.raises(UserError, match="scheduled events"):
         Moves((2_000_000_000,)).check(topology)
     Moves().check(topology)
+    faults = Topology.from_dict({"run": {"seconds": 5.0}, "fault": [{"do": "kill"}]})
+    with pytest.raises(UserError, match="scheduled faults") as caught:
+        Moves((2_000_000_000,)).check(faults)
+    assert caught.value.key == "fault"
 
 
 def test_times_in_order_are_fine() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from proto.errors import UserError
 from proto.faults import FOREVER_NS, KINDS
-from proto.topology import Topology
+from proto.topology import Topology, load
 from proto.topology_faults import describe, schedule
 
 MS = 1_000_000
@@ -83,11 +84,11 @@ def test_random_times_follow_from_the_seed_and_are_never_none() -> None:
     [
         ({"do": "kill", "after": 2.0}, "at 2 s"),
         ({"do": "kill", "every_ms": 500, "until": 4.0}, "every 500 ms, until 4 s"),
-        ({"do": "kill", "at": "read.done", "nth": 9}, "9. read.done"),
-        ({"do": "kill", "at": "read.done", "nth": 9, "times": 2}, "every 9. read.done, 2 times"),
-        ({"do": "bit_flip", "nth": 1, "times": 3}, "1. read, 3 times"),
+        ({"do": "kill", "at": "read.done", "nth": 9}, "9th read.done"),
+        ({"do": "kill", "at": "read.done", "nth": 9, "times": 2}, "every 9th read.done, 2 times"),
+        ({"do": "bit_flip", "nth": 1, "times": 3}, "1st read, 3 times"),
         ({"do": "drop", "rate_per_s": 2, "after": 1}, "at random, 2 per s, from 1 s"),
-        ({"do": "drop", "nth": 4}, "4. message"),
+        ({"do": "drop", "nth": 4}, "4th message"),
     ],
 )
 def test_words_for_people(fault: dict[str, Any], words: str) -> None:
@@ -159,3 +160,19 @@ def test_a_daemon_elsewhere_is_not_ours_to_damage(fault: dict[str, Any], key: st
     topology(
         {"do": "drop", "on": "swapd-1", "nth": 3}, {"do": "kill", "on": "swapd-0"}, swapd=[{}, ELSEWHERE]
     )
+
+
+def test_a_fault_from_the_command_line_is_refused_by_its_option() -> None:
+    path = Path(__file__).parents[2] / "topologies" / "quickstart.toml"
+    option = "--fault 'kill on=swapd-9'"
+    with pytest.raises(UserError, match="no such process") as caught:
+        load(path, faults=[("--random 1", {"do": "kill"}), (option, {"do": "kill", "on": "swapd-9"})])
+    assert (caught.value.where, caught.value.key) == (option, "fault[1].on")
+
+
+def test_numbers_in_words() -> None:
+    found = [
+        describe(topology({"do": "drop", "nth": n}).fault[0]) for n in (1, 2, 3, 4, 11, 12, 13, 21, 102, 113)
+    ]
+    ordinals = ["1st", "2nd", "3rd", "4th", "11th", "12th", "13th", "21st", "102nd", "113th"]
+    assert found == [f"{ordinal} message" for ordinal in ordinals]

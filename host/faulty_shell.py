@@ -1,0 +1,119 @@
+"""The host's shell in a run with a schedule of faults: it tells `HostFaults` what the host sees, and lets it have the links.
+
+Invariants: without the segment `faults` nobody makes one, so that a run without a schedule pays nothing for it.
+
+Not handled here: what happens then (host/faults.py).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from functools import partial
+
+from host import events as ev
+from host.copies import SLOTS_PER_DAEMON
+from host.faults import HostFaults
+from host.shell import HostShell
+from proto import wire
+from proto.faults import FaultMachine
+from proto.run import RunContext
+from proto.topology_faults import schedule
+from proto.wire import OP_READ, Inject, WireError
+
+
+class FaultyShell(HostShell):
+    """See the module docstring."""
+
+    def __init__(self, ctx: RunContext) -> None:
+        super().__init__(ctx)
+        run, daemons = self.topology.run, self.topology.swapd
+        specs = schedule(self.topology.fault, len(daemons), run.seconds, run.seed)
+        self.faults = HostFaults(
+            FaultMachine(specs, ctx.segments["faults"].u64.data),
+            self.writer,
+            frozenset(self.remote.daemons),
+            self.remote.disconnect,
+        )
+        self.obs.ready = []
+        self._effects[ev.SwapInDone] = partial(self._swapped, "swap_in.done")
+        self._effects[ev.SwapOutDone] = partial(self._swapped, "swap_out.done")
+
+    # -- the run's clock -----------------------------------------------------------------------------------
+    def start_clock(self, start_ns: int) -> None:
+        """The measured time runs, and faults may happen."""
+        self.faults.machine.start(start_ns)
+        super().start_clock(start_ns)
+
+    def _stop(self, reason: str) -> None:
+        if not self.stopped:
+            self.faults.machine.stop(time.monotonic_ns())
+        super()._stop(reason)
+
+    def _timeout_ms(self, now: int) -> int:
+        due_ns = self.faults.next_ns(now)
+        usual_ms = super()._timeout_ms(now)
+        return usual_ms if due_ns is None else min(usual_ms, max(0, -(-(due_ns - now) // 1_000_000)))
+
+    def _due(self, now: int) -> None:
+        super()._due(now)
+        self.faults.turn(now)
+
+    # -- steps ---------------------------------------------------------------------------------------------
+    def _hello(
+        self, peer: tuple[str, int, int], identity: bytes, message: wire.Hello, extra: Sequence[bytes]
+    ) -> None:
+        super()._hello(peer, identity, message, extra)
+        role = {"V": "vcpu", "S": "swapd"}.get(peer[0])
+        if role is not None:
+            self.faults.hello(role, peer[1], message.pid)
+
+    def _enter(self, effect: ev.Enter) -> None:
+        super()._enter(effect)
+        if effect.record.inject == Inject.PF_NOT_PRESENT:
+            self.faults.step("fault.announced", "vcpu", effect.cpu, time.monotonic_ns())
+
+    def _swapped(self, step: str, effect: ev.SwapInDone | ev.SwapOutDone) -> None:
+        if effect.ok:
+            self.faults.step(step, "swapd", effect.slot // SLOTS_PER_DAEMON, time.monotonic_ns())
+        self._to_vm(effect)
+
+    def _route(self) -> None:
+        super()._route()
+        if self.obs.ready:
+            # What they brought about has left.
+            sent, self.obs.ready = self.obs.ready, []
+            for vm, vcpu in sent:
+                self.faults.step("ready.sent", "vcpu", self.ctx.first_cpu(vm) + vcpu, time.monotonic_ns())
+
+    # -- links ---------------------------------------------------------------------------------------------
+    def _ask(
+        self, number: int, batch: Sequence[ev.SendIo], message: wire.Io, pages: Sequence[memoryview]
+    ) -> None:
+        # Copies: a message that is held back holds what it would have held.
+        kept = [memoryview(bytes(page)) for page in pages]
+        ask = partial(super()._ask, number, batch, message, kept)
+        self.faults.message(number, time.monotonic_ns(), ask)
+        for request in batch:
+            step = "swap_in.sent" if request.op == OP_READ else "swap_out.sent"
+            self.faults.step(step, "swapd", number, time.monotonic_ns(), request.request)
+
+    def _answered(
+        self, identity: bytes, number: int, epoch: int, message: wire.IoDone, extra: Sequence[bytes]
+    ) -> None:
+        take = partial(self._take_answers, identity, number, epoch, message, extra)
+        self.faults.message(number, time.monotonic_ns(), take)
+
+    def _take_answers(
+        self, identity: bytes, number: int, epoch: int, message: wire.IoDone, extra: Sequence[bytes]
+    ) -> None:
+        """Perhaps late, or for the second time."""
+        try:
+            super()._answered(identity, number, epoch, message, extra)
+        except WireError as error:
+            self._refuse(identity, error)
+
+    def close(self) -> None:
+        """And the descriptors of processes."""
+        self.faults.close()
+        super().close()
