@@ -35,7 +35,7 @@ from proto.wire import Message, Nack, WireError
 CONNECT_NS: Final = 20_000_000_000
 """To the first OFFER, unless `give_up_seconds` is less: twice as long as another host's session may be in the way."""
 RENEW_NS: Final = 5_000_000_000
-"""Of silence: more than ZeroMQ's own heartbeats need to notice, and to connect anew."""
+"""Of silence: more than the kernel needs to notice, and ZeroMQ to connect anew."""
 DRAIN_MAX: Final = 64
 _TRANSLATED: Final = (wire.Io, wire.Ping, wire.Welcome)
 _HANDSHAKE: Final[dict[int, str]] = {
