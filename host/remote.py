@@ -106,6 +106,7 @@ class RemoteDaemon:
         self.last_event = 0
         """zmq.EVENT_* of the connection; 0 before the first."""
         self.was_stuck = False
+        self._is_open = False
         self._open()
         self.base: int | None = None
         """The daemon's epoch at the first OFFER."""
@@ -132,6 +133,7 @@ class RemoteDaemon:
         self.socket, self.monitor = self._connect()
         self._poller.register(self.socket, zmq.POLLIN)
         self._poller.register(self.monitor, zmq.POLLIN)
+        self._is_open = True
 
     def revive(self, now_ns: int) -> None:
         """Every half second: a new socket for one that has stopped trying, or whose connection leads nowhere."""
@@ -144,6 +146,9 @@ class RemoteDaemon:
         self.was_stuck = stuck
 
     def _shut(self, linger_ms: int) -> None:
+        if not self._is_open:
+            return  # there was no new socket when the old one was given up
+        self._is_open = False
         self._poller.unregister(self.socket)
         self._poller.unregister(self.monitor)
         self.socket.disable_monitor()

@@ -206,7 +206,8 @@ WAYS: Final = (
     Way(r"mmap\.mmap", _os(_E.ENOMEM)),
     Way(r"self\._map\.madvise", _os(_E.EAGAIN)),
     Way(
-        r"np\.(zeros|empty|full|ones|arange|array|ascontiguousarray|concatenate|stack|frombuffer|flatnonzero|ctypeslib\.as_array)", (MEMORY,)
+        r"np\.(zeros|empty|full|ones|arange|array|ascontiguousarray|concatenate|stack|frombuffer|flatnonzero|ctypeslib\.as_array)",
+        (MEMORY,),
     ),
     Way(r"bytes|bytearray|(\w+\.)*tobytes|(\S+\.)tobytes", (MEMORY,)),
     Way(r"self\._pack|msgpack\.packb", (MEMORY,)),

@@ -382,13 +382,26 @@ class Talk:
     def _until(self, over: Callable[[], bool]) -> None:
         while not over():
             if time.monotonic() > self._deadline_s:
-                raise HangError(f"within {BOUND_S:g} s")
+                raise HangError(f"not over within {BOUND_S:g} s: {self._story()}")
             self._host_turn()
             for daemon in self._daemons:
                 self._turn(daemon)
             busy = self._hear_launcher() + self._hear_vcpus()
             if not busy:
                 self._wait()
+
+    def _story(self) -> str:
+        """Who waits for what."""
+        shell = self._host
+        assert shell is not None
+        cpus = [f"{m.where.name} {m.halt.name} after {m.last_exit.reason}" for m in shell.vcpus]
+        daemons = [
+            f"{d.state.name} {d.epoch} queue {len(d.queue)} out {len(d.out)}" for d in shell.swap.daemons
+        ]
+        link_ = [(one.trouble, one.last_event, one.base) for one in shell.remote.daemons.values()]
+        heard = [type(one).__name__ for one in self._heard]
+        free = f"{shell.vm.free_count} frames free"
+        return f"{cpus} {daemons} {link_} {free} {heard} gates {sorted(self._gates)} deaths {self.deaths}"
 
     def _wait(self) -> None:
         """A moment, for sockets and devices."""
