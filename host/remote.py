@@ -36,7 +36,7 @@ from proto.wire import Message, Nack, WireError
 CONNECT_NS: Final = 20_000_000_000
 """To the first OFFER, unless `give_up_seconds` is less: twice as long as another host's session may be in the way."""
 RENEW_NS: Final = 5_000_000_000
-"""Of silence: more than ZeroMQ's own heartbeats need to notice, and to connect anew."""
+"""Of silence: more than the kernel needs to notice, and ZeroMQ to connect anew."""
 DRAIN_MAX: Final = 64
 _TRANSLATED: Final = (wire.Io, wire.Ping, wire.Welcome)
 _HANDSHAKE: Final[dict[int, str]] = {
@@ -110,6 +110,7 @@ class RemoteDaemon:
         self.was_stuck = False
         self.closed_until_ns = 0
         """While the connection is closed on purpose; 0: it is not."""
+        self._is_open = False
         self._open()
         self.base: int | None = None
         """The daemon's epoch at the first OFFER."""
@@ -138,6 +139,7 @@ class RemoteDaemon:
         self.socket, self.monitor = self._connect()
         self._poller.register(self.socket, zmq.POLLIN)
         self._poller.register(self.monitor, zmq.POLLIN)
+        self._is_open = True
 
     def disconnect(self, until_ns: int) -> None:
         """Close the connection; `revive` makes it again from then on."""
@@ -162,6 +164,9 @@ class RemoteDaemon:
         self.was_stuck = stuck
 
     def _shut(self, linger_ms: int) -> None:
+        if not self._is_open:
+            return  # there was no new socket when the old one was given up
+        self._is_open = False
         self._poller.unregister(self.socket)
         self._poller.unregister(self.monitor)
         self.socket.disable_monitor()

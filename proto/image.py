@@ -132,10 +132,10 @@ class ImageReader:
         self.path = path
         try:
             self._file = path.open("rb", buffering=0)
-            self._size = os.fstat(self._file.fileno()).st_size
         except OSError as error:
-            raise UserError("the image cannot be read", where=str(path), found=error.strerror) from error
+            raise self._unreadable(error) from error
         try:
+            self._size = self._size_of()
             self._check()
         except BaseException:
             self._file.close()
@@ -229,13 +229,28 @@ class ImageReader:
             raise self._bad(
                 f"{what}: the file ends before it", found=f"{self._size} bytes, {offset + size} needed"
             )
-        data = os.pread(self._file.fileno(), size, offset)
+        data = self._pread(offset, size)
         while len(data) < size:
-            more = os.pread(self._file.fileno(), size - len(data), offset + len(data))
+            more = self._pread(offset + len(data), size - len(data))
             if not more:
                 raise self._bad(f"{what}: the file ends before it")
             data += more
         return data
+
+    def _pread(self, offset: int, size: int) -> bytes:
+        try:
+            return os.pread(self._file.fileno(), size, offset)
+        except OSError as error:
+            raise self._unreadable(error) from error
+
+    def _size_of(self) -> int:
+        try:
+            return os.fstat(self._file.fileno()).st_size
+        except OSError as error:
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: OSError) -> UserError:
+        return UserError("the image cannot be read", where=str(self.path), found=error.strerror)
 
     def _compare(self, data: bytes, xxh3: int, what: str) -> None:
         if xxhash.xxh3_64_intdigest(data) != xxh3:

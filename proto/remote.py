@@ -1,8 +1,12 @@
 """The link between a host and a daemon elsewhere: sockets, identities, how long what may take.
 
-The daemon listens (ROUTER), the host connects (DEALER, one for each daemon elsewhere). Both ends send ZeroMQ's own heartbeats, so that a
-connection whose packets go nowhere is given up after seconds instead of minutes; the messages and what they mean are those of any
-daemon's link (proto/wire.py).
+The daemon listens (ROUTER), the host connects (DEALER, one for each daemon elsewhere). On both sides the kernel looks after the
+connection (keepalive, bounded retransmission), so that one whose packets go nowhere is given up after seconds instead of minutes; whether
+the process at the other end is at work is what PING and PONG find out. The messages and what they mean are those of any daemon's link
+(proto/wire.py).
+
+ZeroMQ's own heartbeats are off: their timer may fire on a connection that has failed and is not cleaned up yet, and then libzmq 4.3.5 ends
+the whole process by an assertion (`!_io_error`; its issues 4364 and 4841). Seen here, too.
 """
 
 from __future__ import annotations
@@ -15,9 +19,12 @@ import zmq
 from proto import curve, link
 from proto.curve import Context, Endpoint, KeyPair, Socket
 
-HEARTBEAT_MS: Final = 1000
-SILENT_MS: Final = 3000
-"""A connection without a sign of life for this long is closed."""
+KEEPALIVE_S: Final = 1
+"""Of silence, before the kernel asks the other one, and between two questions."""
+KEEPALIVE_PROBES: Final = 3
+"""Questions without an answer that end a connection."""
+UNACKNOWLEDGED_MS: Final = 3000
+"""A connection whose bytes are not acknowledged for this long is closed."""
 HANDSHAKE_MS: Final = 3000
 CONNECT_MS: Final = 2000
 """A connection that does not come about is tried anew: a link that returns must not wait for the kernel's own retries."""
@@ -58,8 +65,11 @@ def _options(socket: Socket) -> None:
     socket.setsockopt(zmq.SNDHWM, link.HWM)
     socket.setsockopt(zmq.RCVHWM, link.HWM)
     socket.setsockopt(zmq.MAXMSGSIZE, FRAME_BYTES_MAX)
-    socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, SILENT_MS)
+    socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, KEEPALIVE_S)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, KEEPALIVE_S)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, KEEPALIVE_PROBES)
+    socket.setsockopt(zmq.TCP_MAXRT, UNACKNOWLEDGED_MS)
     socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
 
 

@@ -9,7 +9,6 @@ import socket
 import sys
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 
 from launcher import kernel_cache
@@ -17,7 +16,7 @@ from launcher import kernel_cache
 kernel_cache.prepare(Path(__file__).resolve().parents[2], installed=False)
 
 from proto import curve  # noqa: E402 - numba reads the place of its cache once, when it is imported
-from tests.sweep.judge import Court, Result  # noqa: E402
+from tests.sweep.judge import Court, Limits, Result  # noqa: E402
 from tests.sweep.sites import Sweep  # noqa: E402
 from tests.sweep.talk import short_times, warm  # noqa: E402
 
@@ -42,24 +41,26 @@ def main() -> int:
         folder = Path(name)
         curve.make_keys(folder / "keys", ["daemon", "host"])
         court = Court(sweep, folder, folder / "keys", free_port())
-        outcome, talk = court.try_one(None)
-        assert outcome == "handled", talk.deaths
-        reached = Counter(sweep.counts_of_last_run)
-        for site in sorted(reached):
+        saved = court.save()
+        live, restored = court.reached(None), court.reached(saved)
+        print(
+            f"{len(sweep.faults)} sites; a run from the boot calls {len(live)}, one from an image {len(restored)}"
+        )
+        for site in sorted(live.keys() | restored.keys()):
             if args.only not in str(site) or time.monotonic() - begin_s > 60 * args.minutes:
                 continue
             before = len(result.findings)
-            court.sweep_site(site, result, args.calls, args.faults)
+            court.sweep_site(site, result, Limits(args.faults, args.calls), None if site in live else saved)
             print(
-                f"{time.monotonic() - begin_s:7.1f} s  {result.fired:6} injections  {site} ({reached[site]} calls)",
+                f"{time.monotonic() - begin_s:7.1f} s  {result.fired:6} injections  {site} ({live.get(site, 0)} calls)",
                 flush=True,
             )
             for finding in result.findings[before:]:
                 print(f"    FOUND {finding.shot}: {finding.what}", flush=True)
     print(
-        f"sites {len(result.sites)} of {len(sweep.faults)}, runs {result.runs}, injections {result.fired}, deepest call {result.deepest}"
+        f"sites {len(result.sites)}, runs {result.runs}, injections {result.fired}, deepest call {result.deepest}"
     )
-    print("outcomes", dict(result.outcomes))
+    print("outcomes", dict(sorted(result.outcomes.items())))
     print("findings", len(result.findings))
     return 1 if result.findings else 0
 

@@ -189,6 +189,7 @@ WAYS: Final = (
     Way(r"os\.read", _os(_E.EAGAIN)),
     Way(r"os\.write", (*_os(_E.ENOSPC, _E.EIO), SHORT_WRITE)),
     Way(r"self\._file\.(write|flush)", _os(_E.ENOSPC, _E.EIO)),
+    Way(r"self\._file\.read", _os(_E.EIO)),
     Way(r"self\._file\.close", (BAD_CLOSE,)),
     Way(r"os\.preadv?", (*_os(_E.EIO), SHORT_READ)),
     Way(r"os\.pwrite", _os(_E.ENOSPC, _E.EIO)),
@@ -205,7 +206,8 @@ WAYS: Final = (
     Way(r"mmap\.mmap", _os(_E.ENOMEM)),
     Way(r"self\._map\.madvise", _os(_E.EAGAIN)),
     Way(
-        r"np\.(zeros|empty|full|ones|arange|array|ascontiguousarray|concatenate|frombuffer|flatnonzero|ctypeslib\.as_array)", (MEMORY,)
+        r"np\.(zeros|empty|full|ones|arange|array|ascontiguousarray|concatenate|stack|frombuffer|flatnonzero|ctypeslib\.as_array)",
+        (MEMORY,),
     ),
     Way(r"bytes|bytearray|(\w+\.)*tobytes|(\S+\.)tobytes", (MEMORY,)),
     Way(r"self\._pack|msgpack\.packb", (MEMORY,)),
@@ -224,15 +226,16 @@ WAYS: Final = (
 
 HARMLESS: Final[dict[str, str]] = {
     r"np\.(u?int\d+|dtype|array_equal|ctypeslib.*|random.*)": "types and comparisons of numbers",
-    r"os\.(getpid|getppid|strerror|fspath|kill|_exit|urandom|waitpid|fork|pipe)": "no resource, or only of a child process",
+    r"os\.(WIF\w+|WTERMSIG|getpid|getppid|strerror|fspath|kill|_exit|urandom|waitpid|fork|pipe)": "no resource, or only of a child process",
     r"os\.lseek": "fails only for a descriptor that is none of a file",
     r"os\.eventfd_write": "fails only after 2^64 - 2 rings that nobody cleared",
     r"os\.set_inheritable": "fails only for a bad descriptor",
     r"fcntl\.fcntl": "flags and seals of a descriptor of ours",
-    r"zmq\.Poller|self\.poller\.(register|unregister)|_poller\.\w+|poller\.\w+": "lists of this process",
+    r"zmq\.Poller|(self\.)?_?poller\.\w+": "lists of this process",
     r"(\w+\.)*(socket|context|router|monitor)\.(setsockopt|set|get|close|disable_monitor|destroy)": "options of ours, ends",
     r"_libc\.(munmap|timerfd_settime)": "fail only for arguments that are no such thing",
-    r"self\._file\.(seek|fileno)": "a regular file",
+    r"self\._file\.(seek|tell|fileno)": "a regular file",
+    r"zmq\.curve_\w+": "arithmetic",
     r"select\.(poll|POLLIN)": "a list of this process",
     r"mmap\.(MAP|PROT)\w*": "constants",
     r"ctypes\.\w+": "views, no memory of note",

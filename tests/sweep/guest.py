@@ -19,7 +19,7 @@ from proto.wire import Entry, Exit, ExitReason, Inject
 Script = Generator[Exit, Entry, Any]
 
 FIRST_GFN: Final = 16
-PAGES: Final = 88
+PAGES: Final = 44
 TRIES: Final = 200
 BROADCAST: Final = 0xFFFF_FFFF
 _PLAIN: Final = Exit(0, 1, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0x5000, 0, 0, 0, 0, 0, 0)
@@ -85,6 +85,16 @@ class Cpu:
         self.done = True
         yield self._exit(ExitReason.DONE)
 
+    def resumed(self) -> Script:
+        """After a restore: everything is as it was."""
+        entry = yield from self._say(ExitReason.RESUME, cpl=3, if_=1, flags=XF_RESTART | XF_IF)
+        yield from self._interrupts(entry)
+        for gfn in range(FIRST_GFN + self.number, FIRST_GFN + PAGES, 2):
+            yield from self._check(gfn)
+        yield from self._idle_until("end")
+        self.done = True
+        yield self._exit(ExitReason.DONE)
+
     def _exit(self, reason: ExitReason, **fields: int) -> Exit:
         self._sequence += 1
         return _PLAIN._replace(seq=self._sequence, reason=reason, **fields)
@@ -111,7 +121,7 @@ class Cpu:
             self.waits = True
             # A save point, too.
             entry = yield from self._say(
-                ExitReason.HLT, if_=1, cpl=3, flags=XF_RESTART | XF_IF, timer_ns=1_000_000
+                ExitReason.HLT, if_=1, cpl=3, flags=XF_RESTART | XF_IF, timer_ns=5_000_000
             )
             yield from self._interrupts(entry)
         self.waits = False

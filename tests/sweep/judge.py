@@ -17,24 +17,24 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
+from host.image import FILE_NAME
 from proto.errors import UserError
 from swapd.swapfile import SwapFileError
 from swapd.uring import UringUnavailable
 from tests.sweep.calls import Injected
 from tests.sweep.sites import Shot, Site, Sweep
-from tests.sweep.talk import HangError, RunEndedError, Talk
+from tests.sweep.talk import HangError, RunEndedError, Saved, Talk
 
 HANDLED, RESTARTED, ENDED, FAILED = "handled", "restarted", "ended", "failed"
 REASONS: Final = (UserError, SwapFileError, UringUnavailable)
 """What says in words why something cannot be done, and ends a process in the place of the error itself."""
-LEAVE_S: Final = 1.0
-ALARM_S: Final = 40
+LEAVE_S = 2.0
+ALARM_S: Final = 100
 
 
 @dataclass(slots=True)
@@ -43,6 +43,13 @@ class Finding:
 
     shot: Shot
     what: str
+
+
+class Limits(NamedTuple):
+    """At most so many kinds of errors for each site, and so many calls for each of them."""
+
+    faults: int
+    calls: int
 
 
 @dataclass(slots=True)
@@ -70,14 +77,24 @@ class Court:
         self._port = port
         self._number = 0
 
-    def try_one(self, shot: Shot | None) -> tuple[str, Talk]:
+    def save(self) -> Saved:
+        """An undisturbed conversation, whose image the others may go on from."""
+        self.sweep.shoot(None)
+        folder = self._folder / "saved"
+        folder.mkdir(mode=0o700)
+        talk = Talk(folder, self._port, self._keys)
+        talk.run()
+        assert not talk.deaths
+        return Saved(folder / FILE_NAME, talk.versions)
+
+    def try_one(self, shot: Shot | None, saved: Saved | None = None) -> tuple[str, Talk]:
         """(outcome, the conversation). AssertionError for what must not be."""
         self._number += 1
         folder = self._folder / f"{self._number}"
         folder.mkdir(mode=0o700)
         before = _mine()
         self.sweep.shoot(shot)
-        talk = Talk(folder, self._port, self._keys)
+        talk = Talk(folder, self._port, self._keys, saved)
         why = ""
         try:
             with _alarm():
@@ -90,14 +107,20 @@ class Court:
         _assert_nothing_left(before)
         return _outcome(talk, why, shot), talk
 
-    def sweep_site(self, site: Site, result: Result, n_max: int, faults_max: int = 99) -> None:
-        """Fail call 1, 2, ... at a site, until a run needs no injection or ``n_max`` is reached."""
-        for fault in self.sweep.faults[site][:faults_max]:
-            for n in range(1, n_max + 1):
+    def reached(self, saved: Saved | None) -> dict[Site, int]:
+        """How often an undisturbed conversation calls each site."""
+        outcome, talk = self.try_one(None, saved)
+        assert outcome == HANDLED, talk.deaths
+        return dict(self.sweep.counts_of_last_run)
+
+    def sweep_site(self, site: Site, result: Result, limits: Limits, saved: Saved | None) -> None:
+        """Fail call 1, 2, ... at a site, until a run needs no injection or there were enough."""
+        for fault in self.sweep.faults[site][: limits.faults]:
+            for n in range(1, limits.calls + 1):
                 shot = Shot(site, fault, n)
                 result.runs += 1
                 try:
-                    outcome, _ = self.try_one(shot)
+                    outcome, _ = self.try_one(shot, saved)
                 except AssertionError as error:
                     result.findings.append(Finding(shot, f"{type(error).__name__}: {error}"))
                     break
@@ -170,11 +193,3 @@ class _alarm:  # noqa: N801 - reads as a word
 
 def _ring(_number: int, _frame: FrameType | None) -> Any:
     raise HangError(f"something blocks for {ALARM_S} s")
-
-
-def everything(court: Court, sites: Iterator[Site], n_max: int) -> Result:
-    """The sweep over all sites given."""
-    result = Result()
-    for site in sites:
-        court.sweep_site(site, result, n_max)
-    return result

@@ -97,7 +97,7 @@ class _Finder(ast.NodeTransformer):
             return node
         faults = faults_of(call, ast.unparse(node))
         if not faults:
-            if SUSPECT.fullmatch(call) and not is_harmless(call):
+            if "(" not in call and SUSPECT.fullmatch(call) and not is_harmless(call):
                 self.unknown.append(f"{self._module}:{node.lineno} {call}")
             return node
         function = ".".join(self._where)

@@ -9,16 +9,15 @@ Times of the protocol are short here (`TIMES`), the rules are the same.
 
 from __future__ import annotations
 
-import io
 import mmap
 import os
 import socket
 import time
 from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 import zmq
@@ -29,6 +28,7 @@ import host.shell
 import host.swap
 import proto.remote
 import swapd.kept_file
+import swapd.remote
 import swapd.shell
 from host.shell import HostShell
 from proto import curve, link, segments, wire
@@ -46,10 +46,12 @@ from swapd.shell import SwapdShell
 from swapd.swapfile import SwapFile
 from tests.sweep.guest import Cpu, Memory
 
-FRAMES: Final = 56
+FRAMES: Final = 40
 SLOTS: Final = 128
-BOUND_S: Final = 20.0
-"""A conversation that takes longer hangs: more than a hundred times what it needs."""
+BOUND_S = 60.0
+"""A conversation that takes longer hangs: more than a hundred times what it needs, since the machine may be busy."""
+DEATHS_MAX: Final = 4
+"""Of one daemon: one is part of the conversation, and one call fails."""
 KEY: Final = bytes(range(32))
 TIMES: Final = (
     (host.swap, "RESEND_NS", 20_000_000),
@@ -60,6 +62,7 @@ TIMES: Final = (
     (swapd.kept_file, "LOCK_WAIT_S", 0.05),
     (swapd.kept_file, "LOCK_POLL_S", 0.01),
     (proto.remote, "RECONNECT_MS", 5),
+    (swapd.remote, "say", len),  # what the daemon elsewhere tells its user
 )
 
 
@@ -69,6 +72,13 @@ class HangError(AssertionError):
 
 class RunEndedError(Exception):
     """The run is over before its time, with a reason: one of the documented outcomes."""
+
+
+class Saved(NamedTuple):
+    """What a conversation has saved: the image, and which version of each page is in it."""
+
+    image: Path
+    versions: dict[int, int]
 
 
 class Shell(Protocol):
@@ -88,8 +98,7 @@ def short_times() -> Generator[None]:
     for module, name, value in TIMES:
         setattr(module, name, value)
     try:
-        with redirect_stderr(io.StringIO()):  # what the daemon elsewhere tells its user
-            yield
+        yield
     finally:
         for (module, name, _), value in zip(TIMES, before, strict=True):
             setattr(module, name, value)
@@ -117,11 +126,13 @@ class Talk:
     ``deaths``: exceptions that ended a process of the run, in order, those of the host too.
     """
 
-    def __init__(self, folder: Path, port: int, keys: Path) -> None:
+    def __init__(self, folder: Path, port: int, keys: Path, saved: Saved | None = None) -> None:
+        """saved: go on from there instead of from the boot; nothing happens then but that every page is read."""
         self._folder = folder
+        self._saved = saved
         self._opened = ExitStack()
         self.deaths: list[tuple[str, BaseException]] = []
-        self._versions: dict[int, int] = {}
+        self.versions: dict[int, int] = dict(saved.versions) if saved is not None else {}
         self._gates: set[str] = set()
         self._heard: list[Any] = []
         self.slept = 0
@@ -134,7 +145,7 @@ class Talk:
             vm=(Vm(vcpus=2, memory_mib=1),),
             swapd=(
                 Swapd(engine="auto", queue_depth=8),
-                Swapd(transport="tcp", queue_depth=4, model="fixed", model_read_us=50.0),
+                Swapd(transport="tcp", queue_depth=4, model="fixed", model_read_us=300.0),
                 Swapd(connect=str(far), key=str(keys / "host.key"), server_key=str(keys / "daemon.pub")),
             ),
         )
@@ -174,6 +185,8 @@ class Talk:
             file = swapfile.create(self._folder, SLOTS, allow_tmpfs=True)
             self._opened.callback(self._closed, file.close)
             self._files.append(file)
+        # Made once, and found there the next time.
+        open_kept(self._folder / "swap", SLOTS, allow_tmpfs=True).close()
         self._kept: KeptFile = open_kept(self._folder / "swap", SLOTS, allow_tmpfs=True)
         self._opened.callback(self._closed, self._kept.close)
         self._listener = socket.socket()
@@ -192,7 +205,7 @@ class Talk:
             tcp = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
         self.ctx = RunContext(
             "test", self._folder, f"ipc://{self._folder}/h", tcp, self.topology, self._segments, [-1, -1], infos,
-            trace_bytes=1 << 16, key=KEY, log_inputs="inputs",
+            trace_bytes=1 << 16, key=KEY, log_inputs="inputs", image=str(self._saved.image) if self._saved else "",
         )  # fmt: skip
 
     def _close_segments(self) -> None:
@@ -271,6 +284,8 @@ class Talk:
     def _report(self, daemon: _Daemon) -> None:
         """Dead, reaped, fenced; then the next epoch."""
         daemon.deaths += 1
+        if daemon.deaths > DEATHS_MAX:
+            raise HangError(f"swapd-{daemon.number} dies again and again: {self.deaths[-1]}")
         try:
             if daemon.number == 2:
                 self._kept.fence()
@@ -314,14 +329,22 @@ class Talk:
         for daemon in self._daemons:
             self._start(daemon)
         memory = Memory(self._segments["frames"].u64, self._segments["npt-0"].u64)
-        self._cpus = [Cpu(n, memory, self._versions, self._gates.__contains__) for n in range(2)]
-        self._scripts = [cpu.script() for cpu in self._cpus]
+        self._cpus = [Cpu(n, memory, self.versions, self._gates.__contains__) for n in range(2)]
+        self._scripts = [cpu.resumed() if self._saved else cpu.script() for cpu in self._cpus]
         self._sockets = [self._dealer(link.vcpu_identity(n, KEY)) for n in range(2)]
         self._begun = [False, False]
         self._registers = 0
         for number, dealer in enumerate(self._sockets):
             dealer.send(wire.encode(wire.Hello(wire.Role.VCPU, number, 0, 1)))
         self._until(lambda: self._has(wire.Started))
+        if self._saved is None:
+            self._live()
+        else:
+            self._until(self._at_rest)
+        self.slept = sum(cpu.slept for cpu in self._cpus)
+        self._bye()
+
+    def _live(self) -> None:
         for number, gate in enumerate(("second", "third")):
             self._gates.add(gate)
             before = self._written()
@@ -329,11 +352,6 @@ class Talk:
             self.kill(number)
             self._until(self._at_rest)
         self.kill(2)
-        self.slept = sum(cpu.slept for cpu in self._cpus)
-        self._save()
-        self._bye()
-
-    def _save(self) -> None:
         self._say(wire.SaveVm("end"))
         self._until(lambda: self._has(wire.Saved))
 
@@ -352,7 +370,7 @@ class Talk:
                 self._turn(daemon)
 
     def _written(self) -> int:
-        return sum(self._versions.values())
+        return sum(self.versions.values())
 
     def _written_since(self, before: int) -> bool:
         return self._written() > before + 4
@@ -364,13 +382,26 @@ class Talk:
     def _until(self, over: Callable[[], bool]) -> None:
         while not over():
             if time.monotonic() > self._deadline_s:
-                raise HangError(f"within {BOUND_S:g} s")
+                raise HangError(f"not over within {BOUND_S:g} s: {self._story()}")
             self._host_turn()
             for daemon in self._daemons:
                 self._turn(daemon)
             busy = self._hear_launcher() + self._hear_vcpus()
             if not busy:
                 self._wait()
+
+    def _story(self) -> str:
+        """Who waits for what."""
+        shell = self._host
+        assert shell is not None
+        cpus = [f"{m.where.name} {m.halt.name} after {m.last_exit.reason}" for m in shell.vcpus]
+        daemons = [
+            f"{d.state.name} {d.epoch} queue {len(d.queue)} out {len(d.out)}" for d in shell.swap.daemons
+        ]
+        link_ = [(one.trouble, one.last_event, one.base) for one in shell.remote.daemons.values()]
+        heard = [type(one).__name__ for one in self._heard]
+        free = f"{shell.vm.free_count} frames free"
+        return f"{cpus} {daemons} {link_} {free} {heard} gates {sorted(self._gates)} deaths {self.deaths}"
 
     def _wait(self) -> None:
         """A moment, for sockets and devices."""
@@ -412,7 +443,7 @@ class Talk:
 
     def _vcpu(self, number: int, dealer: zmq.Socket[bytes], message: Any) -> None:
         script = self._scripts[number]
-        if isinstance(message, wire.Welcome) and not self._begun[number]:
+        if isinstance(message, wire.Welcome | wire.Registers) and not self._begun[number]:
             self._begun[number] = True
             dealer.send(wire.encode(next(script)))
         elif isinstance(message, wire.Entry):
