@@ -310,7 +310,7 @@ def _write_down(run: _Run, checked: dict[str, Any]) -> RunResult:
         pcpus=topology.pcpus(usable_cores()),
         memory=outcome.memory,
         chaos=_chaos_facts(run.options.chaos, outcome),
-        outage=outcome.outage.summary(),
+        outage=outcome.outage.summary() | run.check.resumes(),
         check=checked,
         save_restore=run.carried.facts(run.options.moves, outcome.saved_pages),
         warnings=warnings,
@@ -324,6 +324,8 @@ def _write_down(run: _Run, checked: dict[str, Any]) -> RunResult:
         "warnings": summary["warnings"],
     }
     write_json(run_dir.path / "summary.json", summary)
+    if (slots := outcome.outage.details()) is not None:
+        write_json(run_dir.path / "outages.json", slots)
     write_json(run_dir.path / "run.json", record)
     return RunResult(summary, outcome.details, log, None if run_dir.temporary else run_dir.path)
 

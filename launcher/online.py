@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from launcher import kernel_cache
+from launcher.outage import median_and_max
 from proto.topology import Topology
 from report.check.online import OnlineCheck
 
@@ -60,6 +61,16 @@ class RunCheck:
             raise self._error
         verdict = self._check.finish(name, ended, misbehaves)
         return {**verdict.summary(), "online_events": self._check.online}
+
+    def resumes(self) -> dict[str, Any]:
+        """When tasks went on after outages, for the `outage` table of the summary. After `verdict`."""
+        outages = self._check.resumes.outages()
+        found = [resume_ms for waited, resume_ms in outages if waited and resume_ms is not None]
+        return {
+            "resume_ms": median_and_max(found),
+            "resumes_cut": sum(resume_ms is None for _, resume_ms in outages),
+            "waited": sum(waited for waited, _ in outages),
+        }
 
     def close(self) -> None:
         """End the thread and let the files go."""

@@ -141,6 +141,8 @@ class Kind(IntEnum):
     STOP = 132
     PROCESS_START = 133
     PROCESS_END = 134
+    HELD = 156
+    """A vCPU that the host held for a page goes on; for how long it was held."""
 
 
 FIELDS: Final[dict[Kind, tuple[str, ...]]] = {
@@ -218,6 +220,7 @@ FIELDS: Final[dict[Kind, tuple[str, ...]]] = {
     Kind.STOP: ("why",),
     Kind.PROCESS_START: ("pid",),
     Kind.PROCESS_END: ("code",),
+    Kind.HELD: ("held_ns",),
 }
 """What a, b, c hold, in this order; fields that are not named are 0."""
 

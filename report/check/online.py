@@ -24,6 +24,7 @@ from proto.trace_live import LiveFile
 from report.check.checker import Checker
 from report.check.source import FINISHED, SWAP_DAEMON
 from report.check.verdict import Verdict
+from report.resumes import ResumeWatch
 
 EVENTS_PER_TURN: Final = 1 << 17
 LEAST_PER_FILE: Final = 1 << 10
@@ -56,6 +57,7 @@ class OnlineCheck:
 
     def __init__(self, folder: Path, profile: str, writers: Collection[str], *, joined: bool = False) -> None:
         self.checker = Checker(profile, joined=joined)
+        self.resumes = ResumeWatch()
         self.checked_upto = 0
         """Lamport counter up to which everything was checked."""
         self._folder = folder
@@ -124,6 +126,7 @@ class OnlineCheck:
             return 0
         events = merge([one.upto(limit) for one in self._files.values()])
         self.checker.feed(events)
+        self.resumes.feed(events)
         self.checked_upto = limit
         return len(events)
 
