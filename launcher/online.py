@@ -65,11 +65,12 @@ class RunCheck:
     def resumes(self) -> dict[str, Any]:
         """When tasks went on after outages, for the `outage` table of the summary. After `verdict`."""
         outages = self._check.resumes.outages()
-        found = [resume_ms for waited, resume_ms in outages if waited and resume_ms is not None]
+        whole = [one for one in outages if one.waited and one.resume_ms is not None]
         return {
-            "resume_ms": median_and_max(found),
-            "resumes_cut": sum(resume_ms is None for _, resume_ms in outages),
-            "waited": sum(waited for waited, _ in outages),
+            "pages_ms": median_and_max([one.pages_ms for one in whole if one.pages_ms is not None]),
+            "resume_ms": median_and_max([one.resume_ms for one in whole if one.resume_ms is not None]),
+            "resumes_cut": sum(one.resume_ms is None for one in outages),
+            "waited": sum(one.waited for one in outages),
         }
 
     def close(self) -> None:

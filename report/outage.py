@@ -66,6 +66,7 @@ def _mode(found: Sequence[Summary]) -> dict[str, Any]:
         "outages": sum(table["count"] for table in tables),
         "work_per_100ms_before": _median([table["work_per_100ms_before"] for table in tables]),
         "down_ms": _both([table["down_ms"] for table in tables]),
+        "pages_ms": _both([table["pages_ms"] for table in tables]),
         "resume_ms": _both([table["resume_ms"] for table in tables]),
     }
 
@@ -106,8 +107,9 @@ def line(mode: str, one: Mapping[str, Any]) -> str:
     before = "-" if one["work_per_100ms_before"] is None else f"{one['work_per_100ms_before']:,.0f}"
     runs = f"{one['outages']} outages in {one['runs']} runs"
     down = f"the daemon was away for {median_and_max(one['down_ms'])}"
-    resumed = f"the last waiting task went on {median_and_max(one['resume_ms'])} after its return"
-    return f"{mode}: {runs}, 100 % = {before} units; {down}; {resumed}"
+    pages = f"after its return the last awaited page came within {median_and_max(one['pages_ms'])}"
+    resumed = f"the last waiting task went on within {median_and_max(one['resume_ms'])}"
+    return f"{mode}: {runs}, 100 % = {before} units; {down}; {pages}, {resumed}"
 
 
 def median_and_max(value: Mapping[str, float | None]) -> str:

@@ -7,11 +7,12 @@ An outage is over when the host has connected the successors of all daemons that
 * a vCPU that the host holds for a page (HELD, which says afterwards how long).
 
 The resume of the outage is the time from DAEMON_UP, as the host saw it, until the last of them went on, as the guest saw it (for a held
-vCPU: when the host let it go). It contains the re-sent reads, the mapping, the wake-up and the wait for a CPU. Who waits for a page of
-another daemon, or for a frame that a write to the dead one was to free, counts, too. When a daemon is lost again before all have gone
-on, the outage has no resume (`cut`).
+vCPU: when the host let it go). It contains the re-sent reads, the mapping, the wake-up, the wait for a CPU, and what the vCPU's clock
+is behind: it takes the wake-up when its own time has come. The part up to the last page (ASYNC_PF_COMPLETED, or the end of the hold or
+halt) is told apart. Who waits for a page of another daemon, or for a frame that a write to the dead one was to free, counts, too. When
+a daemon is lost again before all have gone on, the outage has no times.
 
-Invariants: events come in merged order; memory grows with vCPUs, waiting tasks and outages (32 bytes each), never with events.
+Invariants: events come in merged order; memory grows with vCPUs, waiting tasks and outages (40 bytes each), never with events.
 
 Not handled here: whether any of that was right (report/check/).
 """
@@ -31,6 +32,7 @@ I64 = npt.NDArray[np.int64]
 I32 = npt.NDArray[np.int32]
 
 K_G_NP: Final = int(Kind.G_NP)
+K_COMPLETED: Final = int(Kind.ASYNC_PF_COMPLETED)
 K_HALT_ON: Final = int(Kind.HALT_ON)
 K_HALT_OFF: Final = int(Kind.HALT_OFF)
 K_RESET: Final = int(Kind.RESET)
@@ -65,7 +67,19 @@ O_WAITED: Final = 1
 O_WENT_ON: Final = 2
 O_LAST: Final = 3
 """When the last one went on."""
-O_WORDS: Final = 4
+O_THERE: Final = 4
+"""When the last page was there."""
+O_WORDS: Final = 5
+
+
+class Resume(NamedTuple):
+    """What followed an outage. waited: tasks that waited when it was over. pages_ms, resume_ms: until the last page was there, until the
+    last task had gone on; 0 when nobody waited, None when not all went on before the next outage or the end of the events.
+    """
+
+    waited: int
+    pages_ms: float | None
+    resume_ms: float | None
 
 
 class Waits(NamedTuple):
@@ -113,14 +127,16 @@ class ResumeWatch:
         while (start := watch_waits(self._waits, events, start)) < len(events):
             self._waits = _grown(self._waits)
 
-    def outages(self) -> list[tuple[int, float | None]]:
-        """Of each outage after the barrier: tasks that waited when it was over, and ms until the last one had gone on; None: not all
-        have, before the next outage or the end of the events. 0.0 when nobody waited.
-        """
+    def outages(self) -> list[Resume]:
+        """Of each outage after the barrier, in order."""
         found = []
-        for up_ns, waited, went_on, last_ns in self._waits.outages[: self._waits.g[G_OUTAGES]].tolist():
-            resume = max(0, last_ns - up_ns) / 1e6 if waited else 0.0
-            found.append((waited, resume if went_on == waited else None))
+        for up_ns, waited, went_on, last_ns, there_ns in self._waits.outages[
+            : self._waits.g[G_OUTAGES]
+        ].tolist():
+            if went_on < waited:
+                found.append(Resume(waited, None, None))
+            else:
+                found.append(Resume(waited, max(0, there_ns - up_ns) / 1e6, max(0, last_ns - up_ns) / 1e6))
         return found
 
 
@@ -145,15 +161,9 @@ def watch_waits(w: Waits, events: Events, start: int) -> int:
     for i in range(start, len(events)):
         e = events[i]
         kind = e["kind"]
-        if kind == K_G_NP:
-            row = _row(w, e["vm"], e["token"] & VCPU_BITS)
-            if row < 0 or w.used[row] == w.tokens.shape[1]:
+        if kind in (K_G_NP, K_G_RESUME, K_COMPLETED):
+            if not _token_event(w, e, kind):
                 return i
-            _waits_for(w, row, i64(e["token"]))
-        elif kind == K_G_RESUME:
-            row = w.rows_of[e["vm"], e["token"] & VCPU_BITS]
-            if row >= 0:
-                _goes_on(w, row, i64(e["token"]), i64(e["t_ns"]))
         elif kind in (K_HALT_ON, K_HALT_OFF, K_RESET):
             row = _row(w, e["vm"], e["vcpu"])
             if row < 0:
@@ -168,6 +178,24 @@ def watch_waits(w: Waits, events: Events, start: int) -> int:
                 return i
             _daemon_event(w, e, kind)
     return len(events)
+
+
+@kernel
+def _token_event(w: Waits, e: Any, kind: int) -> bool:
+    """False when there is no room for it."""
+    vm, vcpu, token, t_ns = e["vm"], e["token"] & VCPU_BITS, i64(e["token"]), i64(e["t_ns"])
+    if kind == K_G_NP:
+        row = _row(w, vm, vcpu)
+        if row < 0 or w.used[row] == w.tokens.shape[1]:
+            return False
+        _waits_for(w, row, token)
+        return True
+    row = w.rows_of[vm, vcpu]
+    if row >= 0 and kind == K_G_RESUME:
+        _goes_on(w, row, token, t_ns)
+    elif row >= 0 and w.g[G_OUTAGES] > 0:
+        _page_is_there(w, row, token, t_ns)
+    return True
 
 
 @kernel
@@ -212,6 +240,23 @@ def _goes_on(w: Waits, row: int, token: int, t_ns: int) -> None:
 
 
 @kernel
+def _page_is_there(w: Waits, row: int, token: int, t_ns: int) -> None:
+    for k in range(w.used[row]):
+        outage = w.tokens[row, k, W_OUTAGE] - 1
+        if w.tokens[row, k, W_TOKEN] == token and outage >= 0:
+            w.outages[outage, O_THERE] = max(w.outages[outage, O_THERE], t_ns)
+            return
+
+
+@kernel
+def _let_go(w: Waits, outage: int, t_ns: int) -> None:
+    """A vCPU goes on at once when its page is there."""
+    w.outages[outage, O_WENT_ON] += 1
+    w.outages[outage, O_LAST] = max(w.outages[outage, O_LAST], t_ns)
+    w.outages[outage, O_THERE] = max(w.outages[outage, O_THERE], t_ns)
+
+
+@kernel
 def _vcpu_event(w: Waits, row: int, e: Any, kind: int) -> None:
     halt = w.halts[row]
     outage = halt[H_OUTAGE] - 1
@@ -234,8 +279,7 @@ def _vcpu_event(w: Waits, row: int, e: Any, kind: int) -> None:
     elif halt[H_ON]:
         halt[H_ON] = 0
         if outage >= 0:
-            w.outages[outage, O_WENT_ON] += 1
-            w.outages[outage, O_LAST] = max(w.outages[outage, O_LAST], i64(e["t_ns"]))
+            _let_go(w, outage, i64(e["t_ns"]))
 
 
 @kernel
@@ -249,8 +293,7 @@ def _held(w: Waits, since_ns: int, t_ns: int) -> None:
         if up_ns < t_ns:
             w.outages[k, O_WAITED] += 1
             if last:
-                w.outages[k, O_WENT_ON] += 1
-                w.outages[k, O_LAST] = max(w.outages[k, O_LAST], t_ns)
+                _let_go(w, k, t_ns)
             last = False
 
 
@@ -291,3 +334,4 @@ def _outage_over(w: Waits, up_ns: int) -> None:
     w.outages[number, O_WAITED] = waiting
     w.outages[number, O_WENT_ON] = 0
     w.outages[number, O_LAST] = up_ns
+    w.outages[number, O_THERE] = up_ns

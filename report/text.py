@@ -60,7 +60,10 @@ def _outage(outage: Mapping[str, Any]) -> Iterator[str]:
         f"{outage['count']}, {outage['total_ms']:.0f} ms in all, each {median_and_max(outage['down_ms'])}; "
         f"work per 100 ms: {up} up, {down} down, {before} just before"
     )
-    resumed = f"the last waiting task went on {median_and_max(outage['resume_ms'])} after the return"
+    resumed = (
+        f"after the return the last awaited page came within {median_and_max(outage['pages_ms'])}, "
+        f"the last waiting task went on within {median_and_max(outage['resume_ms'])}"
+    )
     cut = (
         f", {outage['resumes_cut']} times not before the next outage or the end"
         if outage["resumes_cut"]

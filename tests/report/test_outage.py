@@ -24,6 +24,7 @@ def summary(per_100ms: dict[int, float], *, before: float | None = 1000.0, down:
             "work_per_100ms_before": before,
             "work_by_ms": {str(ms): per_100ms.get(ms) for ms in range(FIRST_MS, LAST_MS, ROW_MS)},
             "down_ms": {"median": down, "max": down + 1},
+            "pages_ms": {"median": 2.0, "max": 2.5},
             "resume_ms": {"median": 3.0, "max": 4.5},
         }
     }
@@ -47,9 +48,9 @@ work per 100 ms, % of that before the daemon ended; 0 ms: its end
    100  away     1.0  ▎                          100.5  ████████████████████▏
    200          90.0  ██████████████████         150.0  ███████████████████████▶
 sync: 2 outages in 2 runs, 100 % = 1,000 units; the daemon was away for 200.2 ms (max 211.5); \
-the last waiting task went on 3.0 ms (max 4.5) after its return
+after its return the last awaited page came within 2.0 ms (max 2.5), the last waiting task went on within 3.0 ms (max 4.5)
 interrupt: 1 outages in 1 runs, 100 % = 2,000 units; the daemon was away for 200.0 ms (max 201.0); \
-the last waiting task went on 3.0 ms (max 4.5) after its return
+after its return the last awaited page came within 2.0 ms (max 2.5), the last waiting task went on within 3.0 ms (max 4.5)
 not comparable: sync: the pace was not kept
 """
 
@@ -71,7 +72,8 @@ def test_rows_are_medians_and_trailing_empty_ones_go() -> None:
         {"outage": None},
         summary({0: 5}, before=None),
         summary({0: 5}, before=0.0),
-        {"outage": {"count": 0, "work_per_100ms_before": None, "work_by_ms": None, "down_ms": NONE, "resume_ms": NONE}},
+        {"outage": {"count": 0, "work_per_100ms_before": None, "work_by_ms": None, "down_ms": NONE, "pages_ms": NONE,
+                    "resume_ms": NONE}},
     ],
     ids=["no table", "nothing before", "idle before", "no outage"],
 )  # fmt: skip

@@ -15,6 +15,7 @@ class Log:
 
     def __init__(self, *, barrier: bool = True) -> None:
         self.rows: list[tuple[int, int, int, int, int, int, int]] = []
+        self.pages: list[float | None] = []
         if barrier:
             self.add(1, Kind.BARRIER)
 
@@ -47,7 +48,32 @@ class Log:
         events = self.events()
         for i in range(0, len(events), at_a_time):
             watch.feed(events[i : i + at_a_time])
-        return watch.outages()
+        self.pages = [one.pages_ms for one in watch.outages()]
+        return [(one.waited, one.resume_ms) for one in watch.outages()]
+
+
+def test_the_page_and_the_task_are_told_apart() -> None:
+    log = Log()
+    log.sleep(5, 1)
+    log.sleep(5, 2)
+    log.add(9, Kind.ASYNC_PF_COMPLETED, token=2 << 12)
+    log.outage(10, 110)
+    log.add(112, Kind.ASYNC_PF_COMPLETED, token=1 << 12)
+    log.sleep(113, 3)
+    log.add(120, Kind.ASYNC_PF_COMPLETED, token=3 << 12)
+    log.add(120, Kind.ASYNC_PF_COMPLETED, token=4 << 12)
+    log.go_on(150, 2)
+    log.go_on(140, 1)
+    assert log.outages() == [(2, 40.0)]
+    assert log.pages == [2.0], "number 2 was there before, number 3 is not waited for"
+
+
+def test_a_held_vcpu_goes_on_with_its_page() -> None:
+    log = Log()
+    log.outage(10, 110)
+    log.add(117, Kind.HELD, cpu=2, a=50 * MS)
+    log.outages()
+    assert log.pages == [7.0]
 
 
 def test_the_last_one_that_waited_counts() -> None:

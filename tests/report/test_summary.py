@@ -129,6 +129,7 @@ def full_summary() -> dict[str, Any]:
             "work_per_100ms_before": 2.0,
             "work_by_ms": {},
             "sampled_every_ms": {"median": 10.0, "max": 11.0},
+            "pages_ms": {"median": 2.0, "max": 2.5},
             "resume_ms": {"median": 3.0, "max": 4.5},
             "resumes_cut": 2,
             "waited": 1234,
