@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None, *, installed: bool = False) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     request = cli.parse(arguments)
     try:
-        bootstrap.prepare(request.command.needs, arguments, installed=installed)
+        bootstrap.prepare(request.needs, arguments, installed=installed)
     except bootstrap.BootstrapError as error:
         sys.stderr.write(f"asyncpf: error: {error}\n")
         return 2

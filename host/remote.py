@@ -37,6 +37,8 @@ CONNECT_NS: Final = 20_000_000_000
 """To the first OFFER, unless `give_up_seconds` is less: twice as long as another host's session may be in the way."""
 RENEW_NS: Final = 5_000_000_000
 """Of silence: more than the kernel needs to notice, and ZeroMQ to connect anew."""
+SILENCE_NS: Final = 1_000_000_000
+"""Twice the time between two heartbeats: a daemon that was not heard for less was not away."""
 DRAIN_MAX: Final = 64
 _TRANSLATED: Final = (wire.Io, wire.Ping, wire.Welcome)
 _HANDSHAKE: Final[dict[int, str]] = {
@@ -292,7 +294,9 @@ class RemoteDaemons:
                 "came back without the pages it had acknowledged (another file, another host's, or its machine was started anew)",
             )
             return
-        daemon.heard_ns = time.monotonic_ns()
+        heard_ns = time.monotonic_ns()
+        self._note_silence(daemon, heard_ns, known.up and epoch != known.epoch)
+        daemon.heard_ns = heard_ns
         daemon.trouble = "it does not answer"
         if epoch == known.epoch and known.up:
             # The link was gone for a while: what was sent meanwhile may be lost.
@@ -303,6 +307,17 @@ class RemoteDaemons:
             self._feed(self._shell.swap, ev.DaemonLost(daemon.number, known.epoch))
             self._feed(self._shell.swap, ev.DaemonFenced(daemon.number, known.epoch))
         self._shell.admit(daemon.number, daemon.name, epoch)
+
+    def _note_silence(self, daemon: RemoteDaemon, heard_ns: int, successor: bool) -> None:
+        """For those who look at outages. A daemon that was there before says so again, or its successor does."""
+        known: Link = self._shell.daemons[daemon.number]
+        if not known.up or (not successor and heard_ns - daemon.heard_ns < SILENCE_NS):
+            return
+        obs = self._shell.obs
+        obs.gauge(HostCounter.SILENT_NS, daemon.heard_ns)
+        obs.gauge(HostCounter.HEARD_NS, heard_ns)
+        obs.count(HostCounter.SILENCES)
+        obs.count(HostCounter.RESTARTS_ELSEWHERE, int(successor))
 
     # -- time ----------------------------------------------------------------------------------------------
     def heartbeat(self, number: int, now_ns: int) -> None:

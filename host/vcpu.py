@@ -507,7 +507,9 @@ class VcpuMachine(Machine):
         self.emit(request(ask.ask_id))
         answer = yield ask
         if answer.waited:
-            self._held(Held.BLOCKED, self.now_ns - since_ns)
+            held_ns = self.now_ns - since_ns
+            self._held(Held.BLOCKED, held_ns)
+            self._trace(Kind.HELD, a=held_ns)
         return answer
 
     def _trace(self, kind: Kind, *, a: int = 0, b: int = 0, c: int = 0) -> None:

@@ -36,16 +36,23 @@ from typing import Literal, NoReturn
 
 from launcher import kernel_cache
 
-Needs = Literal["run", "test"]
+Needs = Literal["run", "test", "plot"]
 
 APP_DIR = Path(__file__).resolve().parent.parent
 _RUN_MODULES = ("zmq", "msgpack", "numba", "numpy", "xxhash", "setproctitle")
 MODULES: Mapping[Needs, tuple[str, ...]] = {
     "run": _RUN_MODULES,
     "test": (*_RUN_MODULES, "pytest", "pytest_timeout", "xdist", "hypothesis"),
+    "plot": (*_RUN_MODULES, "matplotlib"),
 }
-# The test lock file contains the run lock file with equal versions.
-CONTAINS: Mapping[Needs, tuple[Needs, ...]] = {"run": ("run",), "test": ("run", "test")}
+# The larger lock files contain the run lock file, and all have equal versions of what they share.
+CONTAINS: Mapping[Needs, tuple[Needs, ...]] = {
+    "run": ("run",),
+    "test": ("run", "test"),
+    "plot": ("run", "plot"),
+}
+WITH_EXTRA: Mapping[Needs, str] = {"plot": "asyncpf[plot]"}
+"""What an installer is asked for, where that is not everything."""
 MARKER = "made-by-asyncpf"
 STAMP = "asyncpf-complete.json"
 LOCK_WAIT_S = 1800.0
@@ -88,7 +95,7 @@ def prepare(needs: Needs, arguments: Sequence[str], *, installed: bool) -> None:
     missing = missing_modules(needs)
     if missing and installed:
         raise BootstrapError(
-            f"not installed: {', '.join(missing)}; install asyncpf again, with its dependencies"
+            f"not installed: {', '.join(missing)}; install {WITH_EXTRA.get(needs, 'asyncpf')} again, with its dependencies"
         )
     if missing:
         python = Environment(APP_DIR).ensure(needs, missing)
@@ -201,7 +208,8 @@ class Environment:
             raise BootstrapError(f"{python} -m venv failed, its message is above; {VENV_ADVICE}")
 
     def _install(self, needs: Needs, lock_text: bytes) -> None:
-        """Install the locked requirements, then write the stamp."""
+        """Install the locked requirements, then write the stamp. What was complete before stays so: versions are equal."""
+        before = [name for name in CONTAINS if self._complete(name)]
         (self.folder / STAMP).unlink(missing_ok=True)
         count = sum(b"==" in line and line[:1].isalnum() for line in lock_text.splitlines())
         say(f"installing {count} packages, checked by hash ({self.lock_file(needs)}); it may take a minute")
@@ -214,7 +222,7 @@ class Environment:
                 "is the package index reachable? The next start begins afresh"
             )
         digest = hashlib.sha256(lock_text).hexdigest()
-        sets = {name: digest if name == needs else self._digest(name) for name in CONTAINS[needs]}
+        sets = {name: digest if name == needs else self._digest(name) for name in (*before, *CONTAINS[needs])}
         stamp = {"python": os.path.realpath(self.python), "sets": sets}
         temporary = self.folder / f"{STAMP}.new"
         temporary.write_text(json.dumps(stamp))

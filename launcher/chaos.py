@@ -1,20 +1,20 @@
-"""The launcher's part of a schedule of faults, and what the guests got done while daemons were down.
+"""The launcher's part of a schedule of faults.
 
 Purpose: `Chaos` says which process is killed or stopped now because its time has come, which goes on again, and whose end was ordered
-by somebody else's hand; `OutageMeter` splits the guests' work into that done while every daemon was up and that done while one was down.
+by somebody else's hand.
 
 Invariants: a time that passes while its target is down is passed over when the fault comes again and again; one that was to happen once
 waits for its target. Pure: every call is told the time, and signals nobody.
 
-Not handled here: how a process is signalled and started again (launcher/lifecycle.py), when a fault is due (proto/faults.py).
+Not handled here: how a process is signalled and started again (launcher/lifecycle.py), when a fault is due (proto/faults.py), what the
+guests get done meanwhile (launcher/outage.py).
 """
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from proto.faults import FIRED, KINDS, LAST_NS, ON, PROCESS_KINDS, FaultMachine, Firing, Spec, target_code
 from proto.topology import Topology
@@ -147,68 +147,3 @@ class Chaos:
 def process_faults(specs: Sequence[Spec]) -> bool:
     """Whether the launcher itself has something to do."""
     return any(spec.kind in PROCESS_KINDS and not spec.step for spec in specs)
-
-
-@dataclass(slots=True)
-class OutageMeter:
-    """Guest work by outage state. `work` is the sum over all vCPUs, `connected` the host's count of daemons that came back.
-
-    A daemon is down from the moment its end is known here until the host has connected its successor. The work of each interval
-    goes to the state that held during it, so an interval never mixes both.
-    """
-
-    count: int = 0
-    _up_ns: int = 0
-    _down_ns: int = 0
-    _up_work: int = 0
-    _down_work: int = 0
-    _last_ns: int = 0
-    _last_work: int = 0
-    _down: set[int] = field(default_factory=set)
-    _connected_target: int = 0
-
-    def is_down(self) -> bool:
-        """Whether a daemon is down."""
-        return bool(self._down)
-
-    def begin(self, now_ns: int, work: int) -> None:
-        """The barrier has opened."""
-        self._last_ns, self._last_work = now_ns, work
-
-    def sample(self, now_ns: int, work: int, connected: int) -> None:
-        """Close the interval since the last call, and see whether the daemons are back."""
-        if not self._last_ns:
-            return
-        if self._down:
-            self._down_ns += now_ns - self._last_ns
-            self._down_work += work - self._last_work
-        else:
-            self._up_ns += now_ns - self._last_ns
-            self._up_work += work - self._last_work
-        self._last_ns, self._last_work = now_ns, work
-        if connected >= self._connected_target:
-            self._down.clear()
-
-    def down(self, daemon: int, now_ns: int, work: int, connected: int) -> None:
-        """A daemon ended."""
-        if not self._last_ns:
-            return
-        self.sample(now_ns, work, connected)
-        if not self._down:
-            self.count += 1
-        self._down.add(daemon)
-        # A daemon that died again before it was connected is one that is missing, not two.
-        self._connected_target = connected + len(self._down)
-
-    def summary(self) -> dict[str, Any]:
-        """The `outage` table of the summary."""
-        return {
-            "count": self.count,
-            "total_ms": round(self._down_ns / MS, 3),
-            "work_per_100ms_up": _rate(self._up_work, self._up_ns),
-            "work_per_100ms_down": _rate(self._down_work, self._down_ns),
-        }
-
-
-def _rate(work: int, time_ns: int) -> float | None:
-    return round(work * 100 * MS / time_ns, 1) if time_ns else None

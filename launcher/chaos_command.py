@@ -47,6 +47,18 @@ def tables_of(kill: str | None, every_ns: int | None, faults: list[str], *, by_d
     return tables + [(f"--fault {text!r}", parse(text)) for text in faults]
 
 
+def check_down(away_ns: int, tables: Tables) -> None:
+    """UserError where a daemon would be kept away longer than until it is to be killed again."""
+    every = [table["every_ms"] for _, table in tables if table["do"] == "kill" and "every_ms" in table]
+    if every and away_ns >= min(every) * MS:
+        raise UserError(
+            "the daemon would still be away when it is to be killed again",
+            where="--down",
+            found=f"{away_ns / NS:g} s",
+            allowed=f"less than the time between two kills (--every, now {min(every) / 1e3:g} s)",
+        )
+
+
 def parse(text: str) -> dict[str, Any]:
     """One --fault: a kind, then keys of ``[[fault]]``, times also as in for=200ms. Raises UserError for what cannot be read."""
     kind, *words = text.split() or [""]

@@ -57,6 +57,11 @@ class Request:
     command: Command
     args: argparse.Namespace
 
+    @property
+    def needs(self) -> bootstrap.Needs:
+        """The requirement set for these arguments: a figure needs more than its command does."""
+        return "plot" if getattr(self.args, "plot", None) is not None else self.command.needs
+
 
 def main(argv: Sequence[str]) -> int:
     """Parse and run, in an interpreter that has the dependencies; returns the exit code."""
@@ -270,6 +275,7 @@ def _add_chaos(parser: argparse.ArgumentParser) -> None:
         help="how long (default: as the topology says if it has faults of its own, else 20s); with --seconds: when faults that come"
         " again and again end",
     )
+    options.add_outages(parser)
     options.add_log_inputs(parser)
     options.add_run_options(parser)
 

@@ -14,7 +14,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,8 +32,9 @@ from proto.errors import UserError
 from proto.files import is_there
 from proto.topology import Task, Topology, list_topologies, load
 from report import compare as comparison
+from report import outage as outage_report
+from report import outage_plot, text
 from report import summary as summaries
-from report import text
 
 OK, FAILED = 0, 1
 TOPOLOGIES: Final = APP_DIR / "topologies"
@@ -80,20 +81,28 @@ def cmd_stress(args: argparse.Namespace) -> int:
 
 def cmd_chaos(args: argparse.Namespace) -> int:
     """A run with faults: those of the topology, and those of the options; a checked task is added if there is none."""
-    own = bool(_load(args, mode=None).fault)
+    if args.modes or args.plot is not None:
+        return _chaos_under_modes(args)
+    topology, options = _chaos(args, None)
+    return _run_and_show(topology, options, args, must_check_reads=True)
+
+
+def _chaos(args: argparse.Namespace, mode: str | None) -> tuple[Topology, RunOptions]:
+    own = bool(_load(args, mode=mode).fault)
     tables = chaos_command.tables_of(
         args.kill, args.every_ns, args.faults, by_default=not own and not args.random
     )
+    chaos_command.check_down(args.away_ns, tables)
     seconds = args.seconds
     if seconds is None and (args.for_ns is not None or not own):
         seconds = args.for_ns / 1e9 if args.for_ns is not None else chaos_command.SECONDS
     if args.random:
-        plain = _load(args, mode=None, seconds=seconds)
+        plain = _load(args, mode=mode, seconds=seconds)
         tables += chaos_command.drawn(plain, args.random, plain.run.seed)
     if args.for_ns is not None and args.seconds is not None:
         tables = [(option, {**table, **_until(table, args)}) for option, table in tables]
-    topology = with_stamp(_load(args, mode=None, seconds=seconds, faults=tables))
-    return _run_and_show(topology, _options(args), args, must_check_reads=True)
+    topology = with_stamp(_load(args, mode=mode, seconds=seconds, faults=tables))
+    return topology, dataclasses.replace(_options(args), away_ns=args.away_ns)
 
 
 def _until(table: Mapping[str, Any], args: argparse.Namespace) -> dict[str, float]:
@@ -102,39 +111,28 @@ def _until(table: Mapping[str, Any], args: argparse.Namespace) -> dict[str, floa
     return {"until": min(args.for_ns / 1e9, args.seconds)} if again else {}
 
 
+def _chaos_under_modes(args: argparse.Namespace) -> int:
+    """The guests' work around the outages, mode by mode: table, bars, and a figure if one is asked for."""
+    if args.plot is not None:
+        outage_plot.check_path(args.plot)
+    name, default = (run := _load(args, mode=None).run).name, run.mode
+    compared = _under_modes(
+        args, args.modes or (default,), lambda mode: _chaos(args, mode), must_check_reads=True
+    )
+    report = outage_report.contrast(compared.runs)
+    if args.plot is not None:
+        outage_plot.write(report, f"{name}: guest work while swapd is killed", args.plot)
+    compared.show(args, report, "outage", outage_report.render(report, compared.reasons))
+    return _verdict(compared.failed)
+
+
 def cmd_compare(args: argparse.Namespace) -> int:
     """The same work under several modes, the order of the modes rotated from repeat to repeat."""
     topologies = {mode: _load(args, mode=mode) for mode in args.modes}
-    base = rundir.named(args.out)[0] if args.out is not None else None
-    runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in args.modes}
-    failed: list[str] = []
-    _title()
-    progress = Progress(sys.stderr)
-    with Signals() as signals:
-        for repeat, mode in rotation(args.modes, args.repeat):
-            topology = topologies[mode]
-            progress.prefix = f"{topology.run.name} {mode} {repeat + 1}/{args.repeat}"
-            out = base / f"{mode}-{repeat + 1}" if base is not None else None
-            result = execute(topology, RunOptions(out=out), signals, progress)
-            runs[mode].append(result.summary)
-            if found := summaries.failures(result.summary):
-                failed += [f"{mode}: {reason}" for reason in found]
-                _show_details(result)
-            else:
-                progress.say(f"done, work {result.summary['work']['total']:,}")
-            if signals.count:
-                break
-    done = {mode: found for mode, found in runs.items() if found}
-    rows = comparison.table(done)
-    reasons = {mode: _first_reason(topologies[mode], found) for mode, found in done.items()}
-    report = {"rows": rows, "not_comparable": reasons, "failures": failed, "runs": runs}
-    if base is not None:
-        write_json(base / "compare.json", report)
-    if args.json:
-        print(json.dumps(report, indent=2))
-    else:
-        print(comparison.render(rows, reasons), end="")
-    return _verdict(failed)
+    compared = _under_modes(args, args.modes, lambda mode: (topologies[mode], RunOptions()))
+    rows = comparison.table(compared.runs)
+    compared.show(args, rows, "rows", comparison.render(rows, compared.reasons))
+    return _verdict(compared.failed)
 
 
 def cmd_topologies(_args: argparse.Namespace) -> int:
@@ -254,6 +252,59 @@ def _run_and_show(
     if failed:
         _show_details(result)
     return _verdict(failed)
+
+
+@dataclasses.dataclass(slots=True)
+class _Compared:
+    """Summaries by mode; failed: every check that did not hold; reasons: mode -> why it must not be compared, "" if it may."""
+
+    base: Path | None
+    runs: dict[str, list[dict[str, Any]]]
+    reasons: dict[str, str] = dataclasses.field(default_factory=dict)
+    failed: list[str] = dataclasses.field(default_factory=list)
+
+    def show(self, args: argparse.Namespace, result: Any, name: str, lines: str) -> None:
+        """As text, or as JSON, and in the run directory. result: the comparison, under that name."""
+        report = {name: result, "not_comparable": self.reasons, "failures": self.failed, "runs": self.runs}
+        if self.base is not None:
+            write_json(self.base / "compare.json", report)
+        if args.json:
+            print(json.dumps(report, indent=2))
+        else:
+            print(lines, end="")
+
+
+def _under_modes(
+    args: argparse.Namespace,
+    modes: Sequence[str],
+    prepare: Callable[[str], tuple[Topology, RunOptions]],
+    *,
+    must_check_reads: bool = False,
+) -> _Compared:
+    """Run what `prepare` gives for each mode, `args.repeat` times, the modes interleaved."""
+    for mode in modes:
+        prepare(mode)  # what is wrong with the last one is told before the first one runs
+    base = rundir.named(args.out)[0] if args.out is not None else None
+    compared = _Compared(base, {mode: [] for mode in modes})
+    _title()
+    progress = Progress(sys.stderr)
+    with Signals() as signals:
+        for repeat, mode in rotation(modes, args.repeat):
+            topology, options = prepare(mode)
+            progress.prefix = f"{topology.run.name} {mode} {repeat + 1}/{args.repeat}"
+            out = base / f"{mode}-{repeat + 1}" if base is not None else None
+            result = execute(topology, dataclasses.replace(options, out=out), signals, progress)
+            compared.runs[mode].append(result.summary)
+            if found := summaries.failures(result.summary, must_check_reads=must_check_reads):
+                compared.failed += [f"{mode}: {reason}" for reason in found]
+                _show_details(result)
+            else:
+                progress.say(f"done, work {result.summary['work']['total']:,}")
+            if signals.count:
+                break
+    compared.runs = {mode: found for mode, found in compared.runs.items() if found}
+    compared.reasons = {mode: _first_reason(prepare(mode)[0], found) for mode, found in compared.runs.items()}
+    return compared
 
 
 def _first_reason(topology: Topology, runs: Sequence[Mapping[str, Any]]) -> str:

@@ -79,6 +79,8 @@ class RunOptions:
     roles: Mapping[str, str] = field(default_factory=lambda: ROLES)
     bounds: Bounds | None = None
     """None: as the topology needs (`bounds_for`)."""
+    away_ns: int = 0
+    """How long a daemon that ended stays away, beside the time that its start takes."""
     trace_bytes: int = TRACE_BYTES
     misbehaves: str = ""
     """What the guest does on purpose that liveness does not allow."""
@@ -194,7 +196,7 @@ class _Run:
                 began_ns=self._began_ns,
                 key=key,
                 chaos=chaos,
-                bounds=options.bounds or bounds_for(topology),
+                bounds=dataclasses.replace(options.bounds or bounds_for(topology), away_ns=options.away_ns),
                 save_at_ns=save_at_ns,
                 before=self.outcome if image is not None else None,
                 signals_seen=self._signals_seen,
@@ -381,7 +383,7 @@ def _write_down(run: _Run, checked: dict[str, Any]) -> RunResult:
         pcpus=topology.pcpus(usable_cores()),
         memory=outcome.memory,
         faults=run.faults,
-        outage=outcome.outage.summary(),
+        outage=outcome.outage.summary() | run.check.resumes(),
         growth=growth.table(outcome.usage.samples, topology.total_vcpus),
         check=checked,
         save_restore=run.carried.facts(run.options.moves, outcome.saved_pages),
@@ -396,6 +398,8 @@ def _write_down(run: _Run, checked: dict[str, Any]) -> RunResult:
         "warnings": summary["warnings"],
     }
     write_json(run_dir.path / "summary.json", summary)
+    if (slots := outcome.outage.details()) is not None:
+        write_json(run_dir.path / "outages.json", slots)
     write_json(run_dir.path / "run.json", record)
     return RunResult(summary, outcome.details, told, None if run_dir.temporary else run_dir.path)
 

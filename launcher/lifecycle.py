@@ -37,7 +37,7 @@ QUICK_DEATHS_MAX: Final = 5
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """How long a run may stay in each phase, ns."""
+    """How long a run may stay in each phase, and how long a daemon that ended stays away, ns."""
 
     warm_ns: int = 900 * S
     """To a zygote that can fork: every kernel may have to be compiled, on a busy machine."""
@@ -49,6 +49,8 @@ class Bounds:
     """From the order to save to the complete image: sleepers that cannot be moved are waited for, all memory is written."""
     stop_ns: int = 1 * S
     """From the user's Ctrl-C to the teardown."""
+    away_ns: int = 0
+    """From the end of a daemon to the start of its successor, at least: to see what its absence does."""
 
 
 class Fork(NamedTuple):
@@ -151,6 +153,8 @@ class _Daemon:
     """The host wants it replaced; its process id is not known yet."""
     gone: str = ""
     """Why it is not started again."""
+    held_back: bool = False
+    """Its predecessor is fenced; it is started at `started_ns`, which is to come."""
 
 
 @dataclass(slots=True)
@@ -283,7 +287,9 @@ class Lifecycle:
             self.phase = Phase.SAVING
             self._deadline_ns = now_ns + self.bounds.save_ns
             return [Tell(wire.SaveVm("asked for"))]
-        if self.phase is Phase.OVER or now_ns < self._deadline_ns:
+        if self.phase is not Phase.OVER and now_ns < self._deadline_ns:
+            return self._let_come(now_ns)
+        if self.phase is Phase.OVER:
             return []
         if self.phase is Phase.STOPPING:
             return self._end("interrupted")
@@ -352,8 +358,18 @@ class Lifecycle:
             state.gone = f"{child.name} {why}, at last {describe_status(status)}"
             return [*effects, Tell(wire.DaemonGone(d, state.gone))]
         state.epoch += 1
-        state.started_ns = now_ns
-        return [*effects, Fork([Child("swapd", d, state.epoch)])]
+        state.started_ns = now_ns + self.bounds.away_ns
+        state.held_back = True
+        return [*effects, *self._let_come(now_ns)]
+
+    def _let_come(self, now_ns: int) -> list[Effect]:
+        """Start the successors whose time has come."""
+        due = []
+        for d, state in enumerate(self._daemons):
+            if state.held_back and now_ns >= state.started_ns:
+                state.held_back = False
+                due.append(Child("swapd", d, state.epoch))
+        return [Fork(due)] if due else []
 
     def _end(self, ended: str, *, orderly: bool = False, culprit: str = "") -> list[Effect]:
         self.phase = Phase.OVER

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from launcher import kernel_cache
+from launcher.outage import median_and_max
 from proto.topology import Topology
 from report.check.online import OnlineCheck
 
@@ -66,6 +67,17 @@ class RunCheck:
             "behind_max": max(check.behind_max, behind),
             "behind_end": behind,
             "ring_fullest_percent": round(100 * check.fullest, 3),
+        }
+
+    def resumes(self) -> dict[str, Any]:
+        """When tasks went on after outages, for the `outage` table of the summary. After `verdict`."""
+        outages = self._check.resumes.outages()
+        whole = [one for one in outages if one.waited and one.resume_ms is not None]
+        return {
+            "pages_ms": median_and_max([one.pages_ms for one in whole if one.pages_ms is not None]),
+            "resume_ms": median_and_max([one.resume_ms for one in whole if one.resume_ms is not None]),
+            "resumes_cut": sum(one.resume_ms is None for one in outages),
+            "waited": sum(one.waited for one in outages),
         }
 
     def close(self) -> None:

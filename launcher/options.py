@@ -140,6 +140,38 @@ def add_log_inputs(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_outages(parser: argparse.ArgumentParser) -> None:
+    """How outages are made longer, compared and drawn."""
+    parser.add_argument(
+        "--down",
+        type=duration_ns,
+        default=0,
+        metavar="TIME",
+        dest="away_ns",
+        help="start the successor of a daemon no sooner than this after its end (default: at once)",
+    )
+    parser.add_argument(
+        "--modes",
+        type=mode_list,
+        default=(),
+        metavar="MODE,...",
+        help="the same under each of these modes, and a table of the guests' work around the outages",
+    )
+    parser.add_argument(
+        "--repeat",
+        type=positive_count,
+        default=1,
+        metavar="R",
+        help="with --modes: runs of each (default: 1)",
+    )
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE.svg",
+        help="draw that table, too (installs matplotlib on first use)",
+    )
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Machine-readable output."""
     parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")

@@ -24,7 +24,7 @@ import zmq
 
 from launcher import kernel_cache
 from launcher.blame import Blamed, Deaths
-from launcher.chaos import Chaos, OutageMeter
+from launcher.chaos import Chaos
 from launcher.lifecycle import (
     Bounds,
     Effect,
@@ -39,6 +39,7 @@ from launcher.lifecycle import (
     Tell,
 )
 from launcher.live import Live
+from launcher.outage import OutageMeter
 from launcher.progress import Progress
 from launcher.resources import Resources
 from launcher.rundir import RunDir
@@ -61,7 +62,7 @@ S: Final = 1_000_000_000
 TICK_MS: Final = 100
 """Longest sleep of the loop."""
 QUICK_TICK_MS: Final = 5
-"""While something is expected that sends no message: the host's socket, the boot of vCPUs, the stop flag, the end of an outage."""
+"""While something is expected that sends no message: the host's socket, the boot of vCPUs, the stop flag."""
 CONNECT_TICK_MS: Final = 2
 STALL_NS: Final = 10 * S
 """A vCPU that holds a run token this long without looking at anything is stuck or stopped."""
@@ -154,8 +155,11 @@ class Supervisor:
             save_at_ns,
             elsewhere=frozenset(d for d, daemon in enumerate(topology.swapd) if daemon.connect),
         )
-        self._watch = Watch(resources.segments)
+        self._watch = Watch(resources.segments, [vm.vcpus for vm in topology.vm])
         self._live = Live(self._watch)
+        self.outcome.outage.expected = bool(topology.fault) or any(
+            daemon.connect for daemon in topology.swapd
+        )
         # An observer writes to no eventfd; their number says how many vCPUs there are.
         self._pcpu = Pcpu(
             resources.segments["pcpu"].u64,
@@ -221,11 +225,13 @@ class Supervisor:
         if self._life.phase is Phase.RUNNING and 0 < self._life.save_due_ns < now_ns + TICK_MS * MS:
             return max(0, -(-(self._life.save_due_ns - now_ns) // MS))
         booting = self.outcome.started_in_s is None and self._dealer is not None
-        if stop_near or booting or self.outcome.outage.is_down():
+        if stop_near or booting:
             return QUICK_TICK_MS
+        tick_ms = min(TICK_MS, self.outcome.outage.tick_ms)
         if self._chaos is None:
-            return TICK_MS
-        tick_ms = QUICK_TICK_MS if self._chaos.watches else TICK_MS
+            return tick_ms
+        if self._chaos.watches:
+            tick_ms = min(tick_ms, QUICK_TICK_MS)
         if (due_ns := self._chaos.wakes_ns(now_ns)) is not None:
             tick_ms = min(tick_ms, max(0, -(-(due_ns - now_ns) // MS)))
         return tick_ms
@@ -346,11 +352,12 @@ class Supervisor:
 
     def _on_measured_time(self, now_ns: int) -> None:
         outcome = self.outcome
-        outcome.outage.sample(now_ns, self._watch.work(), self._watch.daemons_back())
+        outcome.outage.sample(now_ns, self._watch.outage_reading())
         if outcome.at_stop is None and self._watch.stopped():
             # Before the copy of all figures, which is the launcher's own and only made now.
             outcome.usage.end(now_ns, self._pids_by_role())
             outcome.at_stop = self._watch.snapshot(now_ns)
+            outcome.outage.stop(now_ns, self._watch.outage_reading())
         if outcome.usage.due(now_ns):
             outcome.usage.take(now_ns, self._pids_by_role())
         if self._memory_due_ns and now_ns >= self._memory_due_ns:
@@ -390,7 +397,7 @@ class Supervisor:
     def _barrier_opened(self, now_ns: int) -> None:
         if self.outcome.at_start is None:
             self.outcome.at_start = self._watch.snapshot(now_ns)
-        self.outcome.outage.begin(now_ns, self._watch.work())
+        self.outcome.outage.begin(now_ns, self._watch.outage_reading())
         if self.outcome.memory is None:
             self._memory_due_ns = max(
                 now_ns + S // 10, self._life.start_ns + int(self._topology.run.seconds * S / 2)
@@ -406,8 +413,7 @@ class Supervisor:
     def _daemon_ended(self, daemon: int, now_ns: int) -> None:
         if self._life.phase is Phase.OVER:
             return
-        connected = self._watch.daemons_back()
-        self.outcome.outage.down(daemon, now_ns, self._watch.work(), connected)
+        self.outcome.outage.down(daemon, now_ns, self._watch.outage_reading())
 
     def _connect(self) -> None:
         self._connecting = False

@@ -9,13 +9,14 @@ Not handled here: the figures of a finished run (report/summary.py).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
+from launcher.outage import Reading
 from proto.layout import (
     CTL_STOP,
     K_DONE,
@@ -44,8 +45,8 @@ KIB_PER_MIB: Final = 1024
 class Watch:
     """Views of the segments of a run. They must not be used after the segments were closed."""
 
-    def __init__(self, segments: Mapping[str, Segment]) -> None:
-        """segments: of one run, mapped in this process."""
+    def __init__(self, segments: Mapping[str, Segment], vm_vcpus: Sequence[int] = ()) -> None:
+        """segments: of one run, mapped in this process. vm_vcpus: vCPUs of each VM, for `outage_reading`."""
         self._vcpus: npt.NDArray[np.uint64] = segments["vcpus"].u64.reshape(-1, WORDS_PER_PAGE)
         self._stats = segments["stats"].u64
         self._control = segments["control"].u64
@@ -54,10 +55,21 @@ class Watch:
             segments[f"kernel-{v}"].u64 for v in range(sum(name.startswith("kernel-") for name in segments))
         ]
         self._tasks = [task_records(kernel) for kernel in self._kernels]
+        self._first_vcpus = np.cumsum([0, *vm_vcpus[:-1]])
 
     def work(self) -> int:
         """Work units of all vCPUs so far."""
         return int(self._vcpus[:, VP_COUNTERS + VC_WORK].sum())
+
+    def outage_reading(self) -> Reading:
+        """What outages are measured by."""
+        silences = self._host.get(HostCounter.SILENCES)
+        work = np.add.reduceat(self._vcpus[:, VP_COUNTERS + VC_WORK], self._first_vcpus)
+        # One that never comes back is dealt with as well.
+        dealt_with = self._host.get(HostCounter.RESTARTS) + self._host.get(HostCounter.DAEMONS_GONE)
+        back = dealt_with - self._host.get(HostCounter.RESTARTS_ELSEWHERE)
+        silent_ns, heard_ns = self._host.get(HostCounter.SILENT_NS), self._host.get(HostCounter.HEARD_NS)
+        return Reading(tuple(work.tolist()), back, silences, silent_ns, heard_ns)
 
     def all_booted(self) -> bool:
         """Whether every vCPU has left guest mode at least once, which it does for its boot."""
@@ -70,10 +82,6 @@ class Watch:
     def host(self, counter: HostCounter) -> int:
         """A counter of the host."""
         return self._host.get(counter)
-
-    def daemons_back(self) -> int:
-        """Deaths of daemons that the host has dealt with: a successor is connected, or it goes on without one."""
-        return self.host(HostCounter.RESTARTS) + self.host(HostCounter.DAEMONS_GONE)
 
     def waiting_tasks(self, now_ns: int, bound_ns: int = 0) -> int:
         """Guest tasks that wait for a page, those that have for longer than ``bound_ns``: asynchronous faults under way."""

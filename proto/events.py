@@ -148,6 +148,8 @@ class Kind(IntEnum):
     FAULT = 150
     """A fault of the schedule happens. fault: its number; kind, target: `proto.faults.KINDS`, `target_code`; token: for which time;
     cause: the request that it happens to, 0 none."""
+    HELD = 156
+    """A vCPU that the host held for a page goes on; for how long it was held."""
 
 
 FIELDS: Final[dict[Kind, tuple[str, ...]]] = {
@@ -228,6 +230,7 @@ FIELDS: Final[dict[Kind, tuple[str, ...]]] = {
     Kind.PROCESS_START: ("pid",),
     Kind.PROCESS_END: ("code",),
     Kind.FAULT: ("fault", "kind", "target"),
+    Kind.HELD: ("held_ns",),
 }
 """What a, b, c hold, in this order; fields that are not named are 0."""
 

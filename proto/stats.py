@@ -134,6 +134,14 @@ class HostCounter(IntEnum):
     """Pages that came from a slot with too few copies and are written anew."""
     FRAMES_REFUSED = 67
     """Second reads that were not made, because no frame was free for them."""
+    SILENCES = 75
+    """Times when a daemon elsewhere was not heard and came back: a new incarnation, or the same after a second or more."""
+    SILENT_NS = 76
+    """The last of these: monotonic time of the last sign of life before it. Written before SILENCES counts it."""
+    HEARD_NS = 77
+    """And when it was over."""
+    RESTARTS_ELSEWHERE = 78
+    """Of RESTARTS, those of daemons elsewhere."""
 
 
 @unique

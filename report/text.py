@@ -10,6 +10,7 @@ from typing import Any
 
 from report import injected
 from report.check.state import INVARIANTS
+from report.outage import median_and_max
 
 
 def render(summary: Mapping[str, Any]) -> str:
@@ -35,7 +36,7 @@ def render(summary: Mapping[str, Any]) -> str:
     if summary["replicas"]:
         rows.append(("replicas", _replicas(summary["replicas"])))
     if summary["outage"] and summary["outage"]["count"]:
-        rows.append(("outages", _outage(summary["outage"])))
+        rows += [("outages", line) for line in _outage(summary["outage"])]
     rows += [("" if i else "injected", line) for i, line in enumerate(injected.lines(summary["injected"]))]
     if summary["save_restore"]:
         rows.append(("moves", _moves(summary["save_restore"])))
@@ -58,9 +59,23 @@ def _faults(faults: Mapping[str, int]) -> str:
     return f"{faults['nested']:,} nested: {how}, {faults['repeated']:,} repeated, {faults['kernel_mode']:,} in kernel mode"
 
 
-def _outage(outage: Mapping[str, Any]) -> str:
+def _outage(outage: Mapping[str, Any]) -> Iterator[str]:
     up, down = _or_dash(outage["work_per_100ms_up"]), _or_dash(outage["work_per_100ms_down"])
-    return f"{outage['count']}, {outage['total_ms']:.0f} ms in all; work per 100 ms: {up} up, {down} down"
+    before = _or_dash(outage["work_per_100ms_before"])
+    yield (
+        f"{outage['count']}, {outage['total_ms']:.0f} ms in all, each {median_and_max(outage['down_ms'])}; "
+        f"work per 100 ms: {up} up, {down} down, {before} just before"
+    )
+    resumed = (
+        f"after the return the last awaited page came within {median_and_max(outage['pages_ms'])}, "
+        f"the last waiting task went on within {median_and_max(outage['resume_ms'])}"
+    )
+    cut = (
+        f", {outage['resumes_cut']} times not before the next outage or the end"
+        if outage["resumes_cut"]
+        else ""
+    )
+    yield f"{resumed}, {outage['waited']:,} waited in all{cut}"
 
 
 def _growth(growth: Mapping[str, Any]) -> Iterator[str]:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Writes run.txt, test.txt, dev.txt and fuzz.txt: every package with its version and the hashes of its files.
+# Writes run.txt, test.txt, dev.txt, fuzz.txt and plot.txt: every package with its version and the hashes of its files.
 # Needs pip-tools (python -m pip install pip-tools) on the oldest supported Python, 3.11.
-# test.txt contains run.txt, dev.txt and fuzz.txt contain test.txt, with equal versions: each is constrained by the one before.
+# test.txt and plot.txt contain run.txt, dev.txt and fuzz.txt contain test.txt, with equal versions: each is constrained by one before.
 # Index and mirror settings of this machine stay out of the files.
 # Arguments go to pip-compile, for instance: requirements/lock.sh --upgrade
 set -euo pipefail
@@ -23,3 +23,5 @@ compile requirements/run.txt ""
 compile requirements/test.txt requirements/run.txt test
 compile requirements/dev.txt requirements/test.txt test dev
 compile requirements/fuzz.txt requirements/test.txt test fuzz
+# With the versions of test.txt where both have a package: the two may be installed into one environment.
+compile requirements/plot.txt requirements/test.txt plot

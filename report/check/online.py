@@ -24,6 +24,7 @@ from proto.trace_live import LiveFile
 from report.check.checker import Checker
 from report.check.source import FINISHED, SWAP_DAEMON, UNJUDGED
 from report.check.verdict import Verdict
+from report.resumes import ResumeWatch
 
 EVENTS_PER_TURN: Final = 1 << 15
 """2 MiB: what is in hand at a time, taken and merged."""
@@ -57,6 +58,7 @@ class OnlineCheck:
 
     def __init__(self, folder: Path, profile: str, writers: Collection[str], *, joined: bool = False) -> None:
         self.checker = Checker(profile, joined=joined)
+        self.resumes = ResumeWatch()
         self.checked_upto = 0
         """Lamport counter up to which everything was checked."""
         self._folder = folder
@@ -142,6 +144,7 @@ class OnlineCheck:
             return 0
         events = merge([one.upto(limit) for one in self._files.values()])
         self.checker.feed(events)
+        self.resumes.feed(events)
         self.checked_upto = limit
         return len(events)
 

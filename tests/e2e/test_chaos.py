@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from proto.events import Kind
@@ -52,6 +54,33 @@ def test_killing_the_daemon_again_and_again_loses_nothing(changes: tuple[str, ..
     fenced = of_kind(events, Kind.FENCED)["b"].tolist()
     assert fenced[: epochs[-1]] == list(range(epochs[-1])), "no successor before its predecessor's fence"
     assert len(list((ended.out / "events").glob("swapd-0-*.bin"))) >= len(epochs)
+
+
+def test_the_same_outages_under_two_modes(runner: Runner) -> None:
+    words = ["--modes", "sync,interrupt", "--every", "1s", "--for", "2s", "--down", "400ms"]
+    out = runner.folder / "out"
+    ended = runner.start("chaos", str(runner.file(BM)), *words, "--json", out=out).end()
+    assert ended.code == 0, ended.stderr
+    report = json.loads(ended.stdout)
+    assert list(report["outage"]["modes"]) == ["sync", "interrupt"]
+    assert report == json.loads((out / "compare.json").read_text())
+    for mode, one in report["outage"]["modes"].items():
+        (summary,) = report["runs"][mode]
+        outage = summary["outage"]
+        assert summary["mode"] == mode
+        assert one["outages"] == outage["count"] >= 1
+        assert outage["total_ms"] >= 400, "the successor was held back"
+        assert outage["work_per_100ms_before"] > 0
+        assert outage["sampled_every_ms"]["median"] >= 5
+        slots = json.loads((out / f"{mode}-1" / "outages.json").read_text())
+        assert len(slots["first_outages"]) == outage["count"]
+        assert sum(slots["run"]["work_per_slot"][0]) > 0
+    # Two threads that fault all the time, on two vCPUs: whoever faults while the daemon is away waits for its return.
+    assert sum(run["outage"]["waited"] for runs in report["runs"].values() for run in runs) > 0
+    rows = {row["ms"]: row for row in report["outage"]["rows"]}
+    assert rows[-100].keys() == {"ms", "sync", "interrupt"}
+    assert rows[0]["sync"] is not None
+    assert rows[0]["interrupt"] is not None
 
 
 def test_a_disk_that_returns_other_bytes_is_noticed(runner: Runner) -> None:

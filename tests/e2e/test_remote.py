@@ -116,6 +116,11 @@ def test_killed_again_and_again(runner: Runner) -> None:
     summary = assert_survived(run.end())
     assert summary["totals"]["fences"] >= 2, "at least some of them fell into the run"
     assert summary["totals"]["resent"] > 0
+    outage = summary["outage"]
+    assert outage["count"] >= 2, "also of daemons that this run does not start"
+    assert outage["down_ms"]["median"] > 0
+    assert outage["work_by_ms"]["0"] is not None
+    assert outage["work_per_100ms_down"] is not None
     far.leave()
 
 

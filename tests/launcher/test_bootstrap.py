@@ -214,6 +214,28 @@ def test_the_test_set_serves_the_run(environment: Environment, fake: FakeCommand
     assert fake.kinds() == ["venv", "test"]
 
 
+def test_what_is_added_leaves_the_other_sets_complete(
+    checkout: Path, environment: Environment, fake: FakeCommands
+) -> None:
+    (checkout / "requirements" / "plot.txt").write_text("one==1 \\\n    --hash=sha256:00\nthree==3\n")
+    environment.ensure("test", LACKING)
+    environment.ensure("plot", ["matplotlib"])
+    assert fake.kinds() == ["venv", "test", "plot"]
+    for needs in ("run", "test", "plot"):
+        environment.ensure(needs, LACKING)
+    assert fake.kinds() == []
+    (checkout / "requirements" / "test.txt").write_text("one==1 \\\n    --hash=sha256:00\ntwo==3\n")
+    environment.ensure("plot", LACKING)
+    environment.ensure("test", LACKING)
+    assert fake.kinds() == ["test"]
+
+
+def test_an_installed_program_says_which_extra_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bootstrap, "missing_modules", lambda _needs: ["matplotlib"])
+    with pytest.raises(BootstrapError, match=r"not installed: matplotlib; install asyncpf\[plot\]"):
+        bootstrap.prepare("plot", [], installed=True)
+
+
 @pytest.mark.parametrize("fail_at", ["venv", "pip"])
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt()], ids=["failed", "interrupted"])
 def test_an_incomplete_environment_is_made_again(

@@ -1,4 +1,4 @@
-"""Which process is signalled when, whose end was ordered, and which work counts as done during an outage."""
+"""Which process is signalled when, and whose end was ordered."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from launcher import chaos_command
-from launcher.chaos import MS, Chaos, Order, OutageMeter, process_faults
+from launcher.chaos import MS, Chaos, Order, process_faults
 from launcher.options import SIM_FAULTS
 from proto.errors import UserError
 from proto.faults import KINDS, FaultMachine, target_code, words_needed
@@ -173,51 +173,4 @@ def test_a_drawn_schedule_is_valid_has_every_kind_and_follows_from_the_seed() ->
 
 
 def test_real_and_simulated_faults_have_the_same_names() -> None:
-    assert set(SIM_FAULTS) - set(KINDS) == {"restart"}
-
-
-def test_work_is_split_by_outage() -> None:
-    meter = OutageMeter()
-    meter.begin(S, 1000)
-    meter.sample(2 * S, 2000, connected=0)
-    meter.down(0, 3 * S, 3000, connected=0)
-    assert meter.is_down()
-    meter.sample(3 * S + 100 * MS, 3050, connected=0)
-    meter.sample(3 * S + 200 * MS, 3100, connected=1)
-    assert not meter.is_down()
-    meter.sample(4 * S + 200 * MS, 4100, connected=1)
-    assert meter.summary() == {
-        "count": 1,
-        "total_ms": 200.0,
-        "work_per_100ms_up": 100.0,
-        "work_per_100ms_down": 50.0,
-    }
-
-
-def test_a_daemon_that_dies_again_before_it_was_back_is_one_outage() -> None:
-    meter = OutageMeter()
-    meter.begin(S, 0)
-    meter.down(0, 2 * S, 0, connected=0)
-    meter.down(0, 3 * S, 0, connected=0)
-    assert meter.is_down()
-    meter.sample(4 * S, 0, connected=1)
-    assert not meter.is_down()
-    assert meter.count == 1
-
-
-def test_an_outage_lasts_until_all_daemons_are_back() -> None:
-    meter = OutageMeter()
-    meter.begin(S, 0)
-    meter.down(0, 2 * S, 0, connected=4)
-    meter.down(1, 3 * S, 0, connected=4)
-    meter.sample(4 * S, 0, connected=5)
-    assert meter.is_down()
-    meter.sample(5 * S, 0, connected=6)
-    assert not meter.is_down()
-
-
-def test_a_run_without_outage_has_no_figure_for_it() -> None:
-    meter = OutageMeter()
-    assert meter.summary()["work_per_100ms_up"] is None
-    meter.down(0, S, 0, connected=0)
-    assert meter.count == 0, "before the barrier nothing is measured"
+    assert set(SIM_FAULTS) - set(KINDS) == {"restart", "gone"}

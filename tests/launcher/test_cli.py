@@ -28,6 +28,19 @@ def test_run_takes_everything() -> None:
     assert (args.seconds, args.seed, args.out, args.json) == (2.5, 7, Path("d"), True)
 
 
+def test_a_figure_needs_what_draws_it() -> None:
+    words = ["chaos", "a.toml", "--modes", "sync,interrupt", "--down", "1s", "--repeat", "3"]
+    request = cli.parse(words)
+    assert request.needs == "run"
+    assert (request.args.modes, request.args.away_ns, request.args.repeat) == (
+        ("sync", "interrupt"),
+        1_000_000_000,
+        3,
+    )
+    assert cli.parse([*words, "--plot", "x.svg"]).needs == "plot"
+    assert cli.parse(["topologies"]).needs == "run"
+
+
 def test_chaos_reads_durations() -> None:
     args = cli.parse(["chaos", "a.toml", "--kill", "swapd", "--every", "250ms", "--for", "1.5s"]).args
     assert (args.kill, args.every_ns, args.for_ns) == ("swapd", 250_000_000, 1_500_000_000)
@@ -73,6 +86,12 @@ def test_test_passes_everything_on() -> None:
         "stress --overcommit many",
         "stress --every 1",
         "chaos a.toml --kill launcher",
+        "chaos a.toml --down 0ms",
+        "chaos a.toml --down 1",
+        "chaos a.toml --modes sync,sync",
+        "chaos a.toml --modes fast",
+        "chaos a.toml --modes sync --repeat 0",
+        "chaos a.toml --plot",
         "chaos a.toml --every 500",
         "chaos a.toml --every 0ms",
         "chaos a.toml --for 1h",

@@ -69,10 +69,12 @@ class _Runs:
         self.changes = changes
         self.asked: list[tuple[str, float, Path | None]] = []
         self.topologies: list[Topology] = []
+        self.options: list[RunOptions] = []
 
     def __call__(self, topology: Topology, options: RunOptions, *_: Any) -> RunResult:
         self.topologies.append(topology)
         self.asked.append((topology.run.mode, topology.run.seconds, options.out))
+        self.options.append(options)
         summary = full_summary()
         summary["mode"] = topology.run.mode
         for table, values in self.changes.items():
@@ -87,6 +89,8 @@ def _args(**more: Any) -> argparse.Namespace:
     given: dict[str, Any] = {"topology": "quickstart", "changes": [], "out": None, "json": True}
     given |= {"profile": None, "seconds": None, "seed": None, "log_inputs": False}
     given |= {"restart_at_ns": [], "save_at_ns": 0, "image": None, "restore": None}
+    given |= {"modes": (), "plot": None, "away_ns": 0, "repeat": 1}
+    given |= {"kill": None, "every_ns": None, "for_ns": None, "faults": [], "random": 0}
     return argparse.Namespace(**(given | more))
 
 
@@ -112,6 +116,53 @@ def test_the_exit_code_of_a_run_is_its_verdict(
     assert ("asyncpf: failed: " in shown.err) is (code == 1)
     for text in ("vcpu-1 (process 12): killed by SIGKILL", "an event", "a log line"):
         assert (text in shown.err) is (code == 1)
+
+
+def test_chaos_under_modes_takes_turns_and_tells_what_failed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(commands, "_title", lambda: None)
+    runs = _Runs(integrity={"reads_checked": 0})
+    monkeypatch.setattr(commands, "execute", runs)
+    args = _args(
+        modes=("sync", "interrupt"), repeat=2, every_ns=10**9, for_ns=3 * 10**9, away_ns=10**8, out=tmp_path
+    )
+    assert commands.cmd_chaos(args) == 1
+    asked = [(mode, out.name if out else "") for mode, _, out in runs.asked]
+    assert asked == [
+        ("sync", "sync-1"),
+        ("interrupt", "interrupt-1"),
+        ("interrupt", "interrupt-2"),
+        ("sync", "sync-2"),
+    ]
+    assert {options.away_ns for options in runs.options} == {10**8}
+    assert {topology.fault[0].every_ms for topology in runs.topologies} == {1000.0}
+    report = json.loads(capsys.readouterr().out)
+    assert report == json.loads((tmp_path / "compare.json").read_text())
+    assert len(report["failures"]) == 4
+    assert report["outage"]["modes"]["sync"]["runs"] == 2
+    args.json, args.out = False, None
+    commands.cmd_chaos(args)
+    assert capsys.readouterr().out == "no outage was measured\n", "the made-up runs have no rows"
+
+
+@pytest.mark.parametrize(
+    ("more", "word"),
+    [
+        ({"away_ns": 10**9}, "--down"),
+        ({"plot": Path("figure.png")}, "--plot"),
+        ({"modes": ("sync", "exception"), "profile": "mainline"}, "mode"),
+        ({"modes": ("sync",), "log_inputs": True}, "--log-inputs"),
+    ],
+)
+def test_chaos_refuses_before_the_first_run(
+    more: dict[str, Any], word: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = _Runs()
+    monkeypatch.setattr(commands, "execute", runs)
+    with pytest.raises(UserError, match=word):
+        commands.cmd_chaos(_args(every_ns=10**9, for_ns=3 * 10**9, **more))
+    assert runs.asked == []
 
 
 def test_chaos_and_stress_must_have_checked_something(monkeypatch: pytest.MonkeyPatch) -> None:

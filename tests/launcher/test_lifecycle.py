@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 
 import pytest
@@ -118,6 +119,43 @@ def test_a_dead_daemon_is_told_fenced_told_again_and_only_then_succeeded() -> No
     again = life.on_exited(Child("swapd", 1, 1), 0, 2 * S)
     assert again[-1] == Fork([Child("swapd", 1, 2)]), "leaving with exit code 0 is a death too"
     assert life.restarts == 2
+
+
+def test_a_successor_that_is_held_back_comes_in_time_and_once() -> None:
+    life = _running(limits=(9, 9))
+    life.bounds = dataclasses.replace(BOUNDS, away_ns=S // 2)
+    first = life.on_exited(Child("swapd", 0, 0), KILLED, S)
+    assert [type(effect) for effect in first] == [Tell, Fence, Tell], "told and fenced at once"
+    assert life.on_fault("swapd", 0, signal.SIGKILL) == [], "there is nobody to kill"
+    life.on_exited(Child("swapd", 1, 0), KILLED, S + S // 4)
+    assert life.on_time(S + S // 2 - 1) == []
+    assert life.on_time(S + S // 2) == [Fork([Child("swapd", 0, 1)])]
+    assert life.on_time(S + S // 2 + 1) == []
+    assert life.on_time(2 * S) == [Fork([Child("swapd", 1, 1)])]
+    assert life.restarts == 2
+
+
+def test_a_death_right_after_a_start_that_was_held_back_is_a_quick_one() -> None:
+    life = _running(limits=(99,))
+    life.bounds = dataclasses.replace(BOUNDS, away_ns=2 * STABLE_NS)
+    now_ns = S
+    # The first of them has lived for a second.
+    for epoch in range(QUICK_DEATHS_MAX):
+        life.on_exited(Child("swapd", 0, epoch), SEGV, now_ns)
+        now_ns += 2 * STABLE_NS
+        life.on_time(now_ns)
+        now_ns += STABLE_NS // 2
+    effects = life.on_exited(Child("swapd", 0, QUICK_DEATHS_MAX), SEGV, now_ns)
+    assert [type(effect) for effect in effects] == [Tell, Fence, Tell, Tell]
+    assert "times in a row" in life.gone[0]
+
+
+def test_nobody_comes_after_the_end_and_bounds_hold_while_one_is_awaited() -> None:
+    life = _running()
+    life.bounds = dataclasses.replace(BOUNDS, away_ns=100 * S)
+    life.on_exited(Child("swapd", 0, 0), KILLED, S)
+    assert _end(life.on_time(7 * S)).ended == "failed:timeout while running"
+    assert life.on_time(200 * S) == []
 
 
 def test_at_the_restart_limit_the_host_decides() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-LOCKS = ("run", "test", "dev", "fuzz")
+LOCKS = ("run", "test", "dev", "fuzz", "plot")
 APP_FOLDERS = (
     "proto",
     "host",
@@ -153,9 +153,17 @@ def test_no_index_is_named(name: str) -> None:
     assert not re.search(r"://|--(extra-)?index|--find-links|--trusted-host|/opt/|/root/|/home/", _lock(name))
 
 
-@pytest.mark.parametrize(("smaller", "larger"), [("run", "test"), ("test", "dev"), ("test", "fuzz")])
+@pytest.mark.parametrize(
+    ("smaller", "larger"), [("run", "test"), ("test", "dev"), ("test", "fuzz"), ("run", "plot")]
+)
 def test_the_larger_set_contains_the_smaller(smaller: str, larger: str) -> None:
     assert _pins(smaller).items() <= _pins(larger).items()
+
+
+def test_plot_and_test_fit_into_one_environment() -> None:
+    test, plot = _pins("test"), _pins("plot")
+    shared = test.keys() & plot.keys()
+    assert {name: test[name] for name in shared} == {name: plot[name] for name in shared}
 
 
 def test_every_dependency_is_locked() -> None:
@@ -165,11 +173,13 @@ def test_every_dependency_is_locked() -> None:
     assert _names(extras["test"]) <= _pins("test").keys()
     assert _names(extras["dev"]) <= _pins("dev").keys()
     assert _names(extras["fuzz"]) <= _pins("fuzz").keys()
+    assert _names(extras["plot"]) <= _pins("plot").keys()
+    assert not _names(extras["plot"]) & (_pins("run").keys() | _pins("test").keys()), "only who asks gets it"
 
 
 def test_every_dependency_has_a_reason() -> None:
     project = _project()
     text = (ROOT / "pyproject.toml").read_text()
     extras = project["optional-dependencies"]
-    for requirement in [*project["dependencies"], *extras["test"], *extras["dev"], *extras["fuzz"]]:
+    for requirement in [*project["dependencies"], *(one for extra in extras.values() for one in extra)]:
         assert re.search(rf'^    "{re.escape(requirement)}", +# \w.{{10,}}$', text, re.MULTILINE), requirement
