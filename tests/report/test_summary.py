@@ -115,7 +115,7 @@ def _paced(end: Snapshot, cpu: int, executed: float, wall_ns: int = 10 * S) -> N
 
 def full_summary() -> dict[str, Any]:
     """A summary in which every table is there."""
-    topology = _topology()
+    topology = _topology(host={"allowance_mib": 8, "replicas": 2}, swapd=[{}, {}])
     facts = RunFacts(
         "finished",
         memory={"uss": 2.0, "mapped_alone": 2.5},
@@ -139,7 +139,7 @@ def test_every_name_is_documented_and_every_documented_name_exists() -> None:
     for line in DOCS.read_text().splitlines():
         if line.startswith("| `"):
             documented |= set(re.findall(r"`([^`]+)`", line.split("|")[1]))
-    assert documented - {"chaos", "check", "save_restore"} == _names(full_summary())
+    assert documented - {"chaos", "check", "replicas", "save_restore"} == _names(full_summary())
 
 
 def test_the_promised_names_exist() -> None:
@@ -258,6 +258,25 @@ def test_what_makes_figures_doubtful_becomes_a_warning() -> None:
     warnings = build(topology, end, [_kernel([])], facts)["warnings"]
     assert warnings[0] == "given"
     assert len(warnings) == 5
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_lost_daemons_and_copies_become_warnings(replicas: int) -> None:
+    topology = _topology(host={"allowance_mib": 8, "replicas": replicas}, swapd=[{}, {}])
+    end = _snapshot(topology)
+    facts = RunFacts("finished", usable_cores=2, pcpus=2)
+    host = stats.host_block(end.stats)
+    assert build(topology, end, [_kernel([])], facts)["warnings"] == []
+    host.set(HostCounter.SINGLE_COPIES, 7)
+    copies = "7 pages on swap had one copy only at the end"
+    assert build(topology, end, [_kernel([])], facts)["warnings"] == ([copies] if replicas == 2 else [])
+    host.set(HostCounter.DAEMONS_GONE, 1)
+    host.set(HostCounter.QUARANTINED, 3)
+    summary = build(topology, end, [_kernel([])], facts)
+    bad, gone = summary["warnings"]
+    assert bad.startswith("3 blocks")
+    assert gone == "1 swap daemons did not come back" + (f"; {copies}" if replicas == 2 else "")
+    assert (summary["replicas"] is None) == (replicas == 1)
 
 
 def _bad(**changes: Any) -> dict[str, Any]:
