@@ -235,7 +235,8 @@ class RemoteDaemons:
         daemon.last_event = event
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             daemon.trouble = "it does not answer"
-            daemon.attach()
+            if not self._shell.daemons[daemon.number].gone:
+                daemon.attach()
         elif event in _HANDSHAKE:
             daemon.trouble = _HANDSHAKE[event]
             if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH and daemon.base is None:

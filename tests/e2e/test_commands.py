@@ -21,7 +21,7 @@ def test_the_ready_made_topologies_have_a_line_each(runner: Runner) -> None:
     ended = runner.command("topologies")
     assert ended.code == 0
     lines = dict(line.split(maxsplit=1) for line in ended.stdout.splitlines())
-    assert {"quickstart", "seed-benchmark", "replay", "many-vcpus", "two-swapds"} <= set(lines)
+    assert {"quickstart", "seed-benchmark", "replay", "many-vcpus", "two-swapds", "replicas"} <= set(lines)
     assert set(lines) == {path.stem for path in (ROOT / "topologies").glob("*.toml")}
 
 

@@ -14,7 +14,7 @@ import zmq
 from host import events as ev
 from host.shell import HostShell
 from proto import link, segments, wire
-from proto.lives import DaemonState
+from proto.lives import DaemonState, PageState
 from proto.run import ELSEWHERE, RunContext, SwapFileInfo
 from proto.stats import HostCounter
 from proto.topology import Host, Run, Swapd, Topology, Vm
@@ -39,17 +39,17 @@ class Shell(HostShell):
 
 
 class World:
-    """A host's shell and the far end of its link."""
+    """A host's shell and the far end of its link. ``replicas``: 2 puts another daemon, of the run's own, beside it."""
 
-    def __init__(self, tmp_path: Path) -> None:
+    def __init__(self, tmp_path: Path, replicas: int = 1) -> None:
         self.context = link.new_context()
         self.far = self.context.socket(zmq.ROUTER)
         port = self.far.bind_to_random_port("tcp://127.0.0.1")
         topology = Topology(
             run=Run(mode="interrupt", profile="mainline"),
-            host=Host(allowance_mib=4),
+            host=Host(allowance_mib=4, replicas=replicas),
             vm=(Vm(memory_mib=8),),
-            swapd=(Swapd(connect=f"tcp://127.0.0.1:{port}"),),
+            swapd=(Swapd(connect=f"tcp://127.0.0.1:{port}"), Swapd())[:replicas],
         )
         self.made = segments.create(segments.plan(topology, [1], [1], {}))
         info = SwapFileInfo(-1, SLOTS, False, ELSEWHERE, ELSEWHERE)
@@ -60,8 +60,8 @@ class World:
             "",
             topology,
             self.made,
-            [-1],
-            [info],
+            [-1] * replicas,
+            [info] * replicas,
             trace_bytes=1 << 20,
         )
         self.shell = Shell(ctx)
@@ -113,6 +113,20 @@ def attached(world: World) -> World:
     world.say(wire.Offer(FIRST, 7, SLOTS, 1))
     assert world.says(wire.Welcome).epoch == FIRST
     return world
+
+
+@pytest.fixture
+def beside(tmp_path: Path) -> Iterator[World]:
+    """Attached, and another daemon is up."""
+    made = World(tmp_path, replicas=2)
+    made.says(wire.Attach)
+    made.say(wire.Offer(FIRST, 7, SLOTS, 1))
+    made.says(wire.Welcome)
+    made.shell._receive([link.swapd_identity(1, 0), wire.encode(wire.Hello(wire.Role.SWAPD, 1, 0, 1))])
+    made.shell._route()
+    assert made.shell.swap.daemons[1].state is DaemonState.UP
+    yield made
+    made.close()
 
 
 def count(world: World, what: HostCounter) -> int:
@@ -174,6 +188,50 @@ def test_a_daemon_that_was_taken_ends_the_run(attached: World) -> None:
     attached.say(wire.NackMsg(Nack.BUSY, 0, "no"))
     attached.until(lambda: bool(attached.shell.told))
     assert "works for another host now" in attached.shell.told[0].reason
+
+
+def stored(world: World, slot_of: int) -> int:
+    """A page (host virtual page ``slot_of``) on swap, with two copies."""
+    swap, vm = world.shell.swap, world.shell.vm
+    slot = swap.copies.take(lambda _: True)
+    copies = swap.copies.copies(slot)
+    assert swap.copies.written(slot, copies, 99) == slot
+    vm.state[slot_of], vm.slot_of[slot_of] = PageState.SLOT, slot
+    return slot
+
+
+LOSSES: dict[str, Callable[[World], None]] = {
+    "other contents": lambda world: world.say(wire.Offer(FIRST + 1, 8, SLOTS, 1)),
+    "taken": lambda world: world.say(wire.NackMsg(Nack.BUSY, 0, "no")),
+    "silent": lambda world: world.shell.remote.heartbeat(0, time.monotonic_ns() + 61_000_000_000),
+}
+
+
+@pytest.mark.parametrize("how", LOSSES)
+def test_with_replicas_the_run_does_without_it(beside: World, how: str) -> None:
+    slot = stored(beside, 9)
+    LOSSES[how](beside)
+    beside.until(lambda: beside.shell.swap.daemons[0].state is DaemonState.GONE)
+    assert beside.shell.told == []
+    assert count(beside, HostCounter.DAEMONS_GONE) == 1
+    assert len(beside.shell.swap.copies.copies(slot)) == 1
+    assert count(beside, HostCounter.SINGLE_COPIES) == 1
+    if how == "silent":
+        return  # its connection was made anew, and nobody attaches over it
+    beside.heard.clear()
+    beside.say(wire.Offer(FIRST + 2, 7, SLOTS, 1), wire.IoDone(FIRST, 1, DONE))
+    assert [beside.says(wire.NackMsg, k).code for k in (1, 2)] == [Nack.STALE_EPOCH] * 2
+    assert beside.shell.swap.daemons[0].state is DaemonState.GONE, "for this run it stays so"
+
+
+def test_pages_that_only_it_has_end_the_run(beside: World) -> None:
+    swap = beside.shell.swap
+    slot = stored(beside, 9)
+    assert swap.copies.quarantine(slot, swap.copies.copies(slot)[1])
+    LOSSES["silent"](beside)
+    beside.until(lambda: bool(beside.shell.told))
+    (failed,) = beside.shell.told
+    assert failed.reason.endswith("does not answer; 1 pages were only there")
 
 
 def test_too_few_slots_end_the_run(world: World) -> None:

@@ -123,6 +123,24 @@ def test_what_is_known_of_daemons_does_not_grow_with_restarts(shell: Shell) -> N
     assert len(shell.peers) <= 3
 
 
+def test_a_daemon_that_is_gone_ends_a_run_without_replicas_and_cannot_come_back(shell: Shell) -> None:
+    launcher = link.launcher_identity()
+    shell.say(launcher, wire.Hello(wire.Role.LAUNCHER, 0, 0, 1))
+    shell.say(daemon(0), hello(0))
+    shell.say(launcher, wire.DaemonGone(0, "swapd-0 is tired"))
+    assert shell.answers(wire.NackMsg)[-1].code == Nack.NOT_EXPECTED, "it is up"
+    shell.say(launcher, wire.DaemonDown(0, 0))
+    shell.say(launcher, wire.DaemonGone(0, "swapd-0 is tired"))
+    assert len(shell.answers(wire.NackMsg)) == 2, "its reads may still land"
+    shell.say(launcher, wire.DaemonFenced(0, 0))
+    for _ in range(2):
+        shell.say(launcher, wire.DaemonGone(0, "swapd-0 is tired"))
+    assert [failed.reason for failed in shell.answers(wire.Failed)] == ["swapd-0 is tired"], "once"
+    assert shell.swap.daemons[0].state is DaemonState.GONE
+    shell.say(daemon(1), hello(1))
+    assert shell.answers(wire.NackMsg)[-1].code == Nack.STALE_EPOCH
+
+
 @pytest.mark.parametrize(
     ("identity", "message", "code"),
     [

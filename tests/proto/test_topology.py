@@ -32,7 +32,7 @@ from proto.topology import (
 from proto.topology_page import reference_page
 
 ROOT = Path(__file__).parents[2]
-SHIPPED = {"quickstart", "seed-benchmark", "replay", "many-vcpus", "two-swapds"}
+SHIPPED = {"quickstart", "seed-benchmark", "replay", "many-vcpus", "two-swapds", "replicas"}
 TABLES = (Run, Host, Vm, Task, Swapd)
 
 SMALL = """
@@ -102,6 +102,9 @@ def test_values_defaults_and_derived_sizes(small: Path) -> None:
     assert isinstance(topology.swapd[0].model_read_us, float)
     assert topology.swapd_pages() == (96 * 256 * 5 // 8,) * 2
     assert load(small, ["swapd.1.size_mib=8"]).swapd_pages()[1] == 2048
+    twice = load(small, ["host.replicas=2", "host.hedge_ms=2.5"])
+    assert twice.swapd_pages() == (96 * 256 * 5 // 4,) * 2, "room for two copies of each page"
+    assert twice.hedge_ns == 2_500_000
     assert topology.resolve_path("../x") == small.parent / "../x"
 
 
@@ -180,6 +183,14 @@ def test_profile_follows_the_mode() -> None:
         resolve("asynchronous")
 
 
+def test_two_copies_need_two_daemons(tmp_path: Path) -> None:
+    path = write(tmp_path, "[host]\nreplicas = 2\n")
+    error = refusal(path)
+    assert (error.key, error.found) == ("host.replicas", 2)
+    assert "at most 1, or another [[swapd]] table" in str(error)
+    assert load(write(tmp_path, "[host]\nreplicas = 2\n[[swapd]]\n[[swapd]]\n")).host.replicas == 2
+
+
 def test_mode_option_against_the_files_profile_is_refused_and_named(tmp_path: Path) -> None:
     path = write(tmp_path, '[run]\nmode = "exception"\nprofile = "v3"')
     assert load(path, mode="sync").run.profile == "v3"
@@ -212,6 +223,8 @@ def test_mode_option_against_the_files_profile_is_refused_and_named(tmp_path: Pa
         ('swapd.directory="a\\u0000b"', "swapd[0].directory", "one line"),
         ("host.populate_pages=12", "host.populate_pages", "power of two"),
         ("host.zero_pages=1", "host.zero_pages", "true, false"),
+        ("host.replicas=3", "host.replicas", "from 1 to 2"),
+        ("host.hedge_ms=5", "host.hedge_ms", "replicas = 2 beside it"),
         ("swapd.queue_depth=65", "swapd[0].queue_depth", "from 1 to 64"),
         ("swapd.model=floppy", "swapd[0].model", "lognormal"),
         ("swapd.1.model_sigma=1", "swapd[1].model_sigma", "only with model = lognormal"),

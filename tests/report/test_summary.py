@@ -126,12 +126,13 @@ def _fired(machine: FaultMachine) -> FaultMachine:
 
 def full_summary() -> dict[str, Any]:
     """A summary in which every table is there."""
-    topology = dataclasses.replace(_topology(), fault=(Fault(do="kill"),))
-    specs = schedule(topology.fault, 1, 5.0, 1)
+    plain = _topology(host={"allowance_mib": 8, "replicas": 2}, swapd=[{}, {}])
+    topology = dataclasses.replace(plain, fault=(Fault(do="kill"),))
+    specs = schedule(topology.fault, 2, 5.0, 1)
     facts = RunFacts(
         "finished",
         memory={"uss": 2.0, "mapped_alone": 2.5},
-        faults=_fired(FaultMachine(specs, [0] * words_needed(1, 1))),
+        faults=_fired(FaultMachine(specs, [0] * words_needed(1, 2))),
         outage={
             "count": 1,
             "total_ms": 2.0,
@@ -173,7 +174,8 @@ def test_every_name_is_documented_and_every_documented_name_exists() -> None:
     for line in DOCS.read_text().splitlines():
         if line.startswith("| `"):
             documented |= set(re.findall(r"`([^`]+)`", line.split("|")[1]))
-    assert documented - {"chaos", "check", "injected", "save_restore"} == _names(full_summary())
+    tables = {"chaos", "check", "injected", "replicas", "save_restore"}
+    assert documented - tables == _names(full_summary())
 
 
 def test_the_promised_names_exist() -> None:
@@ -292,6 +294,25 @@ def test_what_makes_figures_doubtful_becomes_a_warning() -> None:
     warnings = build(topology, end, [_kernel([])], facts)["warnings"]
     assert warnings[0] == "given"
     assert len(warnings) == 5
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_lost_daemons_and_copies_become_warnings(replicas: int) -> None:
+    topology = _topology(host={"allowance_mib": 8, "replicas": replicas}, swapd=[{}, {}])
+    end = _snapshot(topology)
+    facts = RunFacts("finished", usable_cores=2, pcpus=2)
+    host = stats.host_block(end.stats)
+    assert build(topology, end, [_kernel([])], facts)["warnings"] == []
+    host.set(HostCounter.SINGLE_COPIES, 7)
+    copies = "7 pages on swap had one copy only at the end"
+    assert build(topology, end, [_kernel([])], facts)["warnings"] == ([copies] if replicas == 2 else [])
+    host.set(HostCounter.DAEMONS_GONE, 1)
+    host.set(HostCounter.QUARANTINED, 3)
+    summary = build(topology, end, [_kernel([])], facts)
+    bad, gone = summary["warnings"]
+    assert bad.startswith("3 blocks")
+    assert gone == "1 swap daemons did not come back" + (f"; {copies}" if replicas == 2 else "")
+    assert (summary["replicas"] is None) == (replicas == 1)
 
 
 def _bad(**changes: Any) -> dict[str, Any]:

@@ -225,6 +225,54 @@ def test_a_restart_in_the_middle_of_a_dead_daemon() -> None:
     assert kinds[Kind.DAEMON_UP] >= emulator.sets
 
 
+def on_two(*faults: FaultPlan, **changes: Any) -> SimPlan:
+    """`small` with each page on two daemons."""
+    plan = small(*faults)
+    daemon = replace(plan.daemons[0], slots=2 * plan.vms[0].memory_pages)
+    return replace(plan, **{"daemons": (daemon, daemon), "replicas": 2, **changes})
+
+
+@pytest.mark.parametrize("nth", [1, 3, 20, 60])
+def test_a_daemon_that_never_comes_back_is_done_without(nth: int) -> None:
+    emulator, kinds = events_of(on_two(FaultPlan("gone", 0, nth)))
+    assert emulator.faults.fired == {"gone": 1}
+    assert (kinds[Kind.DAEMON_GONE], kinds[Kind.DAEMON_UP], emulator.pages_lost) == (1, 2, 0)
+    assert kinds[Kind.TASK_DONE] == 2
+    assert emulator.host.swap.copies.singles > 0
+
+
+def test_pages_that_only_it_had_end_the_run_in_order() -> None:
+    """The other daemon is dead when pages are written, and back when the first one goes."""
+    kills = tuple(FaultPlan("kill", 1, nth) for nth in range(1, 12))
+    emulator = Emulator(on_two(*kills, FaultPlan("gone", 0, 60)))
+    emulator.run()
+    assert emulator.pages_lost > 0
+    assert emulator.failures == []
+    assert judge(emulator) == []
+
+
+def test_a_page_with_a_bad_block_comes_from_the_other_daemon_and_is_written_anew() -> None:
+    emulator, kinds = events_of(on_two(FaultPlan("bad_block", 0, 5)))
+    counts = emulator.log.counts
+    assert emulator.faults.fired == {"bad_block": 1}
+    assert (kinds[Kind.TASK_KILLED], kinds[Kind.G_MACHINE_CHECK], kinds[Kind.TASK_DONE]) == (0, 0, 2)
+    assert counts[HostCounter.QUARANTINED] == kinds[Kind.COPY_BAD] == 1
+    assert counts[HostCounter.REWRITTEN] == 1
+
+
+def test_late_reads_are_asked_of_the_other_daemon() -> None:
+    plans = [
+        on_two(*(FaultPlan("stall", daemon, nth, 5_000) for daemon in (0, 1)), hedge_us=200)
+        for nth in range(20, 140, 20)
+    ]
+    counts: Counter[HostCounter] = Counter()
+    for plan in plans:
+        counts += events_of(plan)[0].log.counts
+    assert counts[HostCounter.HEDGED] >= counts[HostCounter.HEDGE_WINS] > 0
+    without, _ = events_of(replace(plans[0], hedge_us=0))
+    assert without.log.counts[HostCounter.HEDGED] == 0
+
+
 def test_what_never_happened_is_said() -> None:
     outcome = run_plan(small(FaultPlan("kill", 0, 100_000), FaultPlan("stop", 0, 2, 100)))
     assert outcome.passed

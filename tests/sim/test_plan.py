@@ -12,9 +12,10 @@ from proto.errors import UserError
 from proto.topology import load as load_topology
 from sim.draw import draw
 from sim.from_topology import plan_of
-from sim.plan import FAULTS, MODES_OF, SimPlan, load, parse, to_toml
+from sim.plan import FAULTS, MODES_OF, FaultPlan, SimPlan, load, parse, to_toml
 
 ROOT = Path(__file__).resolve().parents[2]
+PLAN = replace(draw(3), profile="mainline", mode="interrupt", replicas=1, hedge_us=0)
 
 
 def test_every_drawn_plan_can_be_written_and_read_back(tmp_path: Path) -> None:
@@ -35,13 +36,32 @@ def test_the_words_of_the_command_line_are_those_of_plans() -> None:
     assert SIM_FAULTS == FAULTS
 
 
+def test_only_plans_with_two_copies_lose_a_daemon_for_good(tmp_path: Path) -> None:
+    drawn = [draw(seed) for seed in range(300)]
+    gone = [plan for plan in drawn if any(fault.kind == "gone" for fault in plan.faults)]
+    assert gone
+    assert {plan.replicas for plan in gone} == {2}
+    assert {len(plan.daemons) for plan in gone} == {2, 3}
+    assert 60 < sum(plan.replicas == 2 for plan in drawn) < 140
+    path = tmp_path / "plan.toml"
+    path.write_text(to_toml(replace(PLAN, faults=(FaultPlan("gone", 0, 1),))))
+    with pytest.raises(UserError, match="another copy"):
+        load(path)
+
+
+def test_a_topology_says_how_many_copies() -> None:
+    topology = load_topology(ROOT / "topologies" / "replicas.toml", ())
+    plans = [plan_of(topology, seed, FAULTS) for seed in range(60)]
+    assert {(plan.replicas, plan.hedge_us) for plan in plans} == {(2, 20_000)}
+    assert any(fault.kind == "gone" for plan in plans for fault in plan.faults)
+    one = load_topology(ROOT / "topologies" / "quickstart.toml", ())
+    assert not any(fault.kind == "gone" for seed in range(60) for fault in plan_of(one, seed, FAULTS).faults)
+
+
 def changed(plan: SimPlan, old: str, new: str) -> str:
     text = to_toml(plan)
     assert old in text
     return text.replace(old, new, 1)
-
-
-PLAN = replace(draw(3), profile="mainline", mode="interrupt")
 
 
 @pytest.mark.parametrize(
@@ -56,6 +76,9 @@ PLAN = replace(draw(3), profile="mainline", mode="interrupt")
         ("ops = ", "ops = 0 #", "stop_us"),
         ("memory_pages = ", "memory_pages = 10 #", "memory_pages"),
         ("slots = ", "slots = 10 #", "daemon"),
+        ("replicas = 1", "replicas = 2", "replicas"),
+        ("replicas = 1", "replicas = 3", "replicas"),
+        ("hedge_us = 0", "hedge_us = -1", "hedge_us"),
         ('workload = "', 'workload = "x', "workload"),
     ],
 )
