@@ -26,6 +26,7 @@ from host.image import Restoring, Saving
 from host.logged import Recording, start_recording
 from host.machine_reset import MachineReset, from_command
 from host.memory import HostMemory, VmMemory
+from host.notices import notices
 from host.remote import RemoteDaemons
 from host.schedule import Guest, Schedule
 from host.setup import ShellObserver, build_machines, memslots
@@ -148,7 +149,9 @@ class HostShell:
             ev.GuestWrite32: self._to_vm,
             ev.Answer: lambda e: self.routed.append((self.vcpus[e.cpu], e)),
             ev.Fetched: lambda e: self.routed.append((self.vcpus[e.cpu], e)),
+            ev.MemoryShort: self._memory_short,
             ev.OutOfMemory: self._out_of_memory,
+            **dict.fromkeys((ev.CancelPage, ev.ReleasePages, ev.MemoryGiven, ev.NoticeLost), self._to_vm),
             ev.SwapIn: self._to_swap,
             ev.SwapOut: self._to_swap,
             ev.SlotFree: self._to_swap,
@@ -672,8 +675,12 @@ class HostShell:
         self.writer.lamport += 1
         self._send(self.cpu_identity[cpu], wire.Registers(self.writer.lamport, words))
 
+    def _memory_short(self, effect: ev.MemoryShort) -> None:
+        for event in notices(effect, self.vcpus):
+            self._feed(self.vm if type(event) is ev.NoticeLost else self.vcpus[event.cpu], event)
+
     def _out_of_memory(self, effect: ev.OutOfMemory) -> None:
-        """No frame, no slot: an orderly end instead of a hang."""
+        """No frame, no slot, and no guest has anything to give back: an orderly end instead of a hang."""
         if not self.finished:
             self.finished = True
             used = self.swap.slots_used

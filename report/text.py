@@ -33,6 +33,14 @@ def render(summary: Mapping[str, Any]) -> str:
         rows.append(("daemons", f"{summary['restarts']} restarts"))
     if summary["outage"] and summary["outage"]["count"]:
         rows.append(("outages", _outage(summary["outage"])))
+    totals = summary["totals"]
+    if totals["oom_notices"]:
+        rows.append(
+            (
+                "memory",
+                f"short {totals['oom_notices']} times: {totals['oom_kills']} kills, {totals['pages_released']:,} pages given back",
+            )
+        )
     if summary["save_restore"]:
         rows.append(("moves", _moves(summary["save_restore"])))
     rows += [("check", line) for line in _check(summary["check"])]

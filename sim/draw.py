@@ -29,6 +29,9 @@ EXITS: Final = (1, 10, 30, 60, 100, 200, 300)
 CALM_US: Final = (2_000, 10_000, 40_000)
 OP_NS: Final = 100
 SPARE_SLOTS: Final = 32
+SMALL_SWAP: Final = 1 / 8
+"""So many seeds get a swap that is too small for what their guests touch, or nearly."""
+SLOTS_LEAST: Final = 4
 TABLES: Final = 4
 """Page tables of one task, at least."""
 FRAMES_BASE: Final = 32
@@ -47,7 +50,12 @@ def draw(seed: int, profile: str | None = None, faults: Sequence[str] = FAULTS) 
     frames = FRAMES_BASE + 4 * sum(vm.vcpus for vm in vms) + int(working * rng.choice((0.0, 0.05, 0.1, 0.3)))
     pages = sum(vm.memory_pages for vm in vms)
     count = rng.choice((1, 1, 1, 2))
-    daemons = tuple(_daemon(rng, -(-pages // count) + SPARE_SLOTS) for _ in range(count))
+    # Drawn apart, so that a seed's other choices do not depend on it.
+    small = random.Random(f"swap {seed}")
+    swapped = pages + count * SPARE_SLOTS
+    if small.random() < SMALL_SWAP:
+        swapped = max(count * SLOTS_LEAST, int(working * small.choice((0.0, 0.2, 0.4, 0.6))))
+    daemons = tuple(_daemon(rng, -(-swapped // count)) for _ in range(count))
     return SimPlan(
         seed=seed,
         profile=name,

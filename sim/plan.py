@@ -132,6 +132,11 @@ class SimPlan:
         return tuple((v, cpu) for v, vm in enumerate(self.vms) for cpu in range(vm.vcpus))
 
     @property
+    def small_swap(self) -> bool:
+        """Whether memory and swap together may be too small for all that the guests can touch."""
+        return sum(daemon.slots for daemon in self.daemons) < sum(vm.memory_pages for vm in self.vms)
+
+    @property
     def ops(self) -> int:
         """Operations of all tasks."""
         return sum(task.ops for vm in self.vms for task in vm.tasks)
@@ -207,11 +212,6 @@ def parse(values: Mapping[str, Any], where: str) -> SimPlan:
         faults=tuple(_fault(table, len(daemons)) for table in top.tables("fault", required=False)),
     )
     top.finish()
-    pages = sum(vm.memory_pages for vm in vms)
-    if sum(daemon.slots for daemon in daemons) < pages:
-        top.refuse(
-            "daemon", "too few slots", sum(d.slots for d in daemons), f"at least {pages}, the guests' pages"
-        )
     if not plan.stop_us and any(not task.ops for vm in vms for task in vm.tasks):
         top.refuse("stop_us", "some tasks have no number of operations", 0, "more than 0")
     return plan

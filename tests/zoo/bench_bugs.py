@@ -257,7 +257,7 @@ def bad_read_is_forgotten(self: VmMachine, event: ev.SwapInDone) -> None:
     self._read_attempts.pop(event.hvp, None)
     self.state[event.hvp] = HPT_SLOT
     self.frame_of[event.hvp] = -1
-    self._give_frame(event.frame)
+    self.give_frame(event.frame)
     for waiter in self._waiters.pop(event.hvp, ()):
         self.emit(ev.Fetched(waiter.cpu, waiter.work))
 
@@ -309,7 +309,7 @@ def frees_the_landing_frame(original: Any) -> Any:
         original(self, event)
         if self.state[event.hvp] == HPT_READING:
             self.state[event.hvp] = HPT_SLOT
-            self._give_frame(int(self.frame_of[event.hvp]))
+            self.give_frame(int(self.frame_of[event.hvp]))
             self.frame_of[event.hvp] = -1
 
     return cancel
