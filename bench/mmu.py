@@ -120,7 +120,7 @@ def machine(specs: list[TaskSpec]) -> Vcpu:
     npt_init(npt)
     for gfn in range(MEMORY_PAGES):
         npt_set(npt, gfn, MEMORY_PAGES - 1 - gfn, True)
-    kern = np.zeros(L.kernel_words(len(specs), 1), np.uint64)
+    kern = np.zeros(L.kernel_words(len(specs), 1, MEMORY_PAGES), np.uint64)
     init_kernel(kern, specs, 1, MEMORY_PAGES, 1)
     control = np.zeros(512, np.uint64)
     control[L.CTL_BARRIER] = 1

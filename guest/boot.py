@@ -22,6 +22,7 @@ from proto.layout import (
     K_ALLOC_NEXT,
     K_BARRIER_TASKS,
     K_MEMORY_PAGES,
+    K_OWNERS,
     K_SEED,
     K_TASKS,
     K_VCPUS,
@@ -58,6 +59,7 @@ from proto.layout import (
     T_WRITE_Q32,
     TASK_WORDS,
     kernel_words,
+    owners_base,
     task_base,
 )
 from proto.lives import TASK, TaskState
@@ -209,7 +211,7 @@ def init_kernel(
     """Fill a guest kernel segment: header, root tables, task records; every task runnable, none started.
 
     Args:
-        kern: u64, at least ``kernel_words(len(tasks), vcpus)``; overwritten.
+        kern: u64, at least ``kernel_words(len(tasks), vcpus, memory_pages)``; overwritten.
         tasks: specs, see `plan_tasks`.
         vcpus: CPUs of the guest.
         memory_pages: guest memory in pages.
@@ -219,7 +221,7 @@ def init_kernel(
     Raises:
         ValueError: the segment is too small, or a spec does not fit the guest.
     """
-    words = kernel_words(len(tasks), vcpus)
+    words = kernel_words(len(tasks), vcpus, memory_pages)
     if len(kern) < words:
         raise ValueError(f"kernel segment: {len(kern)} words, allowed: at least {words}")
     kern[:] = 0
@@ -227,11 +229,14 @@ def init_kernel(
     kern[K_VCPUS] = vcpus
     kern[K_MEMORY_PAGES] = memory_pages
     kern[K_SEED] = seed & MASK64
+    kern[K_OWNERS] = owners = owners_base(len(tasks), vcpus)
     roots = {space: ALLOC_FIRST_GFN + i for i, space in enumerate(sorted({spec.space for spec in tasks}))}
     kern[K_ALLOC_NEXT] = ALLOC_FIRST_GFN + len(roots)
     if ALLOC_FIRST_GFN + len(roots) > memory_pages:
         allowed = f"at least {ALLOC_FIRST_GFN + len(roots)} for {len(roots)} address spaces"
         raise ValueError(f"memory_pages: {memory_pages}, allowed: {allowed}")
+    for root in roots.values():
+        kern[owners + root] = root
     shadow = 0
     for number, spec in enumerate(tasks):
         _check(number, spec, vcpus, traces)

@@ -11,10 +11,11 @@ Invariants
 * All state is in the task record (``T_K*``); each stage makes at most one access to guest memory, so any of them may take a nested fault,
   with CPL 0 and IF 0, and is resumed where it was.
 * A table entry is set once, from not present to present, by compare-exchange: CPUs that share an address space need no lock.
-* A gfn comes from the allocator (atomic add) and is never given back, so a new page reads as zeros without being cleared in full; only
-  after a reboot, which starts the allocator again, it is.
+* A gfn comes from the stack of pages given back, which the host has dropped (guest/oom.py), else from those never handed out (atomic add).
+  Either way it reads as zeros without being cleared in full; only after a reboot, which starts the allocator again, it is.
+* The owner column names the address space before the page is touched for it.
 
-Not handled here: protection faults (a task that causes one is killed), freeing memory, what to do with a set flags word.
+Not handled here: protection faults (a task that causes one is killed), giving pages back, what to do with a set flags word.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from proto.layout import (
     K_ALLOC_FAILED,
     K_ALLOC_NEXT,
     K_BOOTS,
+    K_FREE,
     K_MEMORY_PAGES,
+    K_OWNERS,
     PTE_ADDR,
     PTE_P,
     PTE_U,
@@ -53,6 +56,7 @@ from proto.layout import (
 )
 from proto.pagetable import u64
 
+LOW_HALF: Final = u64(0xFFFF_FFFF)
 KS_NONE: Final = 0
 """Not in the handler."""
 KS_APF: Final = 1
@@ -124,16 +128,37 @@ def _stage_walk(m: Vcpu, task: U64) -> Result:
     if task[T_KNEW]:
         task[T_KSTAGE] = u64(KS_CLEAR)
         return AGAIN, 1, u64(0), u64(0)
+    return _allocate(m, task)
+
+
+@inline
+def _allocate(m: Vcpu, task: U64) -> Result:
+    """A page for this address space into ``T_KNEW``."""
+    top = load(m.kern, K_FREE)
+    gfn = top & LOW_HALF
+    if gfn:
+        following = load(m.kern, m.kern[K_OWNERS] + gfn) & LOW_HALF
+        changed = ((top >> u64(32)) + u64(1)) & LOW_HALF
+        if cmpxchg(m.kern, K_FREE, top, (changed << u64(32)) | following) != top:
+            # Another CPU was faster; the stage is executed again.
+            return AGAIN, 1, u64(0), u64(0)
+        return _own(m, task, gfn)
     # Asked before added, so that failing again and again does not move the counter.
     limit = load(m.kern, K_MEMORY_PAGES)
     if load(m.kern, K_ALLOC_NEXT) < limit:
         gfn = add(m.kern, K_ALLOC_NEXT, 1)
         if gfn < limit:
-            task[T_KNEW] = gfn
-            task[T_KSTAGE] = u64(KS_CLEAR)
-            return AGAIN, 1, u64(0), u64(0)
+            return _own(m, task, gfn)
     add(m.kern, K_ALLOC_FAILED, 1)
     return RUN_OOM, 0, u64(0), u64(0)
+
+
+@inline
+def _own(m: Vcpu, task: U64, gfn: int) -> Result:
+    store(m.kern, m.kern[K_OWNERS] + gfn, task[T_CR3] >> u64(12))
+    task[T_KNEW] = gfn
+    task[T_KSTAGE] = u64(KS_CLEAR)
+    return AGAIN, 1, u64(0), u64(0)
 
 
 @inline

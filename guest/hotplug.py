@@ -98,6 +98,10 @@ class Hotplug:
         """Whether a CPU without tasks may leave for good."""
         return not self._cpu.config.hotplug or self._cpu.kernel.load(K_POWER) == POWER_OFF
 
+    def is_dead(self) -> bool:
+        """Whether this CPU is offline and waits to be started again."""
+        return self._bit(self._cpu.kernel, K_DEAD)
+
     # ---- offline, online ----------------------------------------------------------------------------------------------------
     def _go_offline(self) -> Path:
         cpu = self._cpu

@@ -13,6 +13,8 @@ Invariants
   pending interrupts are taken and tasks switched.
 * A task leaves TS_RUNNING before another one gets it.
 * Every exit record tells the complete state that the host decides on (proto/wire.py Exit).
+* The host's notice that memory is short may come at any entry; it is handled there and then (guest/oom.py), and the exit goes on as if
+  nothing had come.
 * An exit with XF_RESTART is a save point: no kernel code is under way on this CPU, so that `registers` and shared memory are all of it.
 
 Not handled here: CPUs that go and come, and reboots (guest/hotplug.py); guest memory other than the async-PF area and fresh tables.
@@ -39,6 +41,7 @@ from guest.events import (
     TakeExit,
 )
 from guest.hotplug import Hotplug
+from guest.oom import OutOfMemory
 from guest.registers import Registers
 from guest.sched import NOBODY, RunQueue
 from guest.sleepers import Sleepers
@@ -56,10 +59,12 @@ from proto.layout import (
     CTL_STOP,
     K_AT_BARRIER,
     K_DONE,
+    K_MEMORY_PAGES,
     K_ONLINE,
     KILL_MACHINE_CHECK,
     KILL_OOM,
     KILL_SEGV,
+    KILL_SWAP_FULL,
     RUN_ABORT,
     RUN_APF_WORD,
     RUN_BARRIER,
@@ -110,6 +115,7 @@ from proto.layout import (
     VP_X_GVA,
     XF_KERNEL,
     XF_RESTART,
+    owners_base,
     task_base,
 )
 from proto.lives import TASK
@@ -167,6 +173,9 @@ class GuestCpu(Machine):
         "hotplug",
         "irr",
         "kernel",
+        "oom",
+        "owners",
+        "owners_at",
         "page",
         "queue",
         "seq",
@@ -193,11 +202,15 @@ class GuestCpu(Machine):
         self._control: MemoryPort = ArrayPort(control)
         self._kern = kernel
         self._base = task_base(config.tasks, config.vcpus)
+        self.owners_at = owners_base(config.tasks, config.vcpus)
+        self.owners = kernel[self.owners_at : self.owners_at + int(kernel[K_MEMORY_PAGES])]
+        """The owner of each guest page (K_OWNERS)."""
         self.queue = RunQueue(
             kernel, config.tasks, config.vcpus, config.vcpu_id, config.tick_ns, config.granularity_ns
         )
         self.sleepers = Sleepers(self.kernel, config.tasks, config.vcpus, config.vcpu_id, acc, self._relax)
         self.apf = AsyncPf(self)
+        self.oom = OutOfMemory(self)
         self.hotplug = Hotplug(self, ArrayPort(vmc if vmc is not None else np.zeros(512, np.uint64)))
         self.vclock_ns = 0
         self.seq = 0
@@ -300,6 +313,7 @@ class GuestCpu(Machine):
         for word in _REGISTERS:
             self.page.store(word, 0)
         self.queue.forget()
+        self.oom.forget()
         self.irr = self.accepted = self.eois = self.gate_ns = 0
         self.halting = False
         self.acc.interrupts = 0
@@ -386,6 +400,9 @@ class GuestCpu(Machine):
         """One stay in guest mode and what follows from it; False when the run is being torn down."""
         queue = self.queue
         task = queue.current
+        if self.oom.dying(task):
+            yield from self._retire(task, "kill", KILL_SWAP_FULL)
+            return True
         off = not self.task_load(task, T_IF)
         gated = self.irr != 0 and self.vclock_ns < self.gate_ns
         waiting_irq = off and ((self.irr != 0 and not gated) or self.vclock_ns >= queue.next_tick_ns)
@@ -452,6 +469,9 @@ class GuestCpu(Machine):
         self.leave_task()
         if self.kernel.add(K_DONE, 1) + 1 == self.config.tasks and self.config.hotplug:
             yield from self.hotplug.power_off()
+        if self.oom.dying(task):
+            # Perhaps the last that its address space waited for.
+            yield from self.oom.give_back()
         if not self.barrier_open:
             yield from self._report_barrier()
             self._reopen_barrier()
@@ -609,6 +629,9 @@ class GuestCpu(Machine):
             # Another CPU waits for this one: it is not the emulator's lag that may decide when it is taken.
             self.gate_ns = 0
         self.irr = entry.irr
+        if entry.inject == Inject.OUT_OF_MEMORY:
+            yield from self.oom.notice(entry.cr2)
+            return entry._replace(inject=Inject.NONE)
         return entry
 
     def _came_back(self, entry: Entry, at_ns: int) -> None:

@@ -417,7 +417,7 @@ class VcpuShell:
             if type(message) is Entry:
                 if (
                     message.seq == record.seq
-                    and message.inject <= Inject.RESET
+                    and message.inject <= Inject.OUT_OF_MEMORY
                     and message.held_kind <= Held.IDLE
                 ):
                     return message

@@ -19,7 +19,7 @@ PAGES = 64
 
 def warm_guest() -> None:
     """On a guest of two tasks and no memory behind it."""
-    kern = np.zeros(kernel_words(2, 1), np.uint64)
+    kern = np.zeros(kernel_words(2, 1, PAGES), np.uint64)
     init_kernel(kern, [TaskSpec(P_SEQUENTIAL), TaskSpec(P_SYSCALLS)], 1, PAGES, 1)
     page = np.zeros(WORDS_PER_PAGE, np.uint64)
     control = np.zeros(WORDS_PER_PAGE, np.uint64)

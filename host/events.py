@@ -41,6 +41,8 @@ class Found(IntEnum):
     """No memslot there."""
     BAD = 6
     """Could not be read from swap: hardware poison."""
+    NO_MEMORY = 7
+    """The request was taken back before there was an answer (`CancelPage`): the guest executes its instruction again."""
 
 
 # ---- vcpu machine -> vm machine --------------------------------------------------------------------------
@@ -105,6 +107,42 @@ class GuestWrite32(NamedTuple):
     generation: int
 
 
+class CancelPage(NamedTuple):
+    """The vCPU has to go back to its guest (`MemoryNotice`): `GetPage` number ``ask``, if it has no answer yet, gets NO_MEMORY."""
+
+    cpu: int
+    ask: int
+
+
+class ReleasePages(NamedTuple):
+    """The guest does not need pages any more: bit i of ``mask`` names gfn + i. Answer: how many held something. ``mask`` 0: the answer
+    comes when no vCPU can reach the old contents of what was released before.
+    """
+
+    cpu: int
+    ask: int
+    vm: int
+    gfn: int
+    mask: int
+
+
+class MemoryGiven(NamedTuple):
+    """Answer of a guest to notice ``number``. ``flags``: OOM_* of proto/wire.py."""
+
+    vm: int
+    number: int
+    pages: int
+    flags: int
+
+
+class NoticeLost(NamedTuple):
+    """Nobody took notice ``number``, or whoever did was reset or powered down before it answered. ``nobody``: no vCPU could take it."""
+
+    vm: int
+    number: int
+    nobody: bool
+
+
 # ---- vm machine -> vcpu machine --------------------------------------------------------------------------
 class Answer(NamedTuple):
     """Answer to a request of ``cpu``. ``waited``: the vCPU was held for I/O, for a free frame or for a change of the memslots. ``hvp``: the
@@ -158,6 +196,13 @@ class Startup(NamedTuple):
     """Start a vCPU that was reset. Any other vCPU ignores it."""
 
     cpu: int
+
+
+class MemoryNotice(NamedTuple):
+    """The host has no memory left: tell the guest as soon as possible. ``number`` 0: its vCPUs have to look who was chosen to die."""
+
+    cpu: int
+    number: int
 
 
 class Poke(NamedTuple):
@@ -261,8 +306,15 @@ class SetMemslots(NamedTuple):
 
 
 # ---- vm machine -> shell -----------------------------------------------------------------------------------
+class MemoryShort(NamedTuple):
+    """Swap is full and what still can be paged is too little: a vCPU of ``vm`` has to get notice ``number``; 0: all of its vCPUs."""
+
+    vm: int
+    number: int
+
+
 class OutOfMemory(NamedTuple):
-    """Somebody waits for a frame, nothing is on its way out, and the swap is full: this cannot get better by itself."""
+    """Memory is short, and no guest has anything left to give back."""
 
     waiting: int
 
@@ -349,6 +401,22 @@ class SwapOut(NamedTuple):
     frame: int
     slot: int
     xxh3: int
+
+
+class CancelRead(NamedTuple):
+    """Page ``hvp`` was given back while ``slot`` was read for it: nobody waits for the read any more. Its frames are lent until they
+    come back; answer `ReadCancelled`.
+    """
+
+    hvp: int
+    slot: int
+
+
+class ReadCancelled(NamedTuple):
+    """No `SwapInDone` of that read comes after this."""
+
+    hvp: int
+    slot: int
 
 
 class SlotFree(NamedTuple):

@@ -39,6 +39,8 @@ F_ZEROED: Final = 2
 """Zero-filled by the host and not known to be written since."""
 F_WRITEBACK: Final = 4
 """Resident again, read-only, while its write-back is still under way."""
+F_STUCK: Final = 16
+"""Without a slot when there was none to be had: reclaim passes it over until one is free."""
 F_YOUNG: Final = 8
 """Came in for somebody who has not touched it yet: survives one pass of the clock."""
 
@@ -165,7 +167,7 @@ def pick_victims(
         if hand == pages:
             hand = 0
         steps += 1
-        if state[hvp] != HPT_RESIDENT or (flags[hvp] & F_WRITEBACK) != 0:
+        if state[hvp] != HPT_RESIDENT or (flags[hvp] & (F_WRITEBACK | F_STUCK)) != 0:
             continue
         if (flags[hvp] & F_YOUNG) != 0:
             flags[hvp] &= 255 - F_YOUNG
@@ -202,7 +204,7 @@ def pick_unmapped(
             break
         hvp = first_hvp + hand
         hand = hand + 1 if hand + 1 < pages else 0
-        if state[hvp] == HPT_RESIDENT and (flags[hvp] & F_WRITEBACK) == 0:
+        if state[hvp] == HPT_RESIDENT and (flags[hvp] & (F_WRITEBACK | F_STUCK)) == 0:
             state[hvp] = HPT_EVICT
             out[found] = hvp
             found += 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from host.memory import VmPort
 from host.observe import Observer
@@ -11,11 +11,17 @@ from host.slots import Memslot, Region
 from host.swap import SwapMachine
 from host.vcpu import VcpuMachine
 from host.vm import Limits, VmMachine
+from proto.kvm import AREA_BYTES
 from proto.machine import Machine
 from proto.profile import PROFILES
 from proto.stats import HostCounter, HostHist, StatsBlock
 from proto.topology import PAGES_PER_MIB, Topology
 from proto.trace import Kind, TraceWriter
+from proto.units import PAGE_SIZE
+
+AREAS_PER_PAGE: Final = PAGE_SIZE // AREA_BYTES
+PAGES_PER_INSTRUCTION: Final = 8
+"""The page, four guest tables, the shared area, a table and a page that are to be linked in."""
 
 
 class ShellObserver:
@@ -80,7 +86,14 @@ def water_marks(topology: Topology) -> Limits:
     host = topology.host
     low = max(16, int(frames * host.low_water_percent / 100))
     high = max(low + 16, int(frames * host.high_water_percent / 100))
-    return Limits(low, high, host.populate_pages, host.zero_pages)
+    areas = sum(-(-vm.vcpus // AREAS_PER_PAGE) for vm in topology.vm)
+    least = least_frames(topology.total_vcpus, frames)
+    return Limits(low, high, host.populate_pages, host.zero_pages, areas, least)
+
+
+def least_frames(vcpus: int, frames: int) -> int:
+    """Frames that must be able to change their page, or nobody gets anywhere: what an instruction of each vCPU touches."""
+    return min(PAGES_PER_INSTRUCTION * vcpus, frames // 4)
 
 
 class HostMachines(NamedTuple):

@@ -27,6 +27,7 @@ from host.image import Restoring, Saving
 from host.logged import Recording, start_recording
 from host.machine_reset import MachineReset, from_command
 from host.memory import HostMemory, VmMemory
+from host.notices import notices
 from host.outbox import RETRY_MS, Outbox
 from host.remote import RemoteDaemons
 from host.schedule import Guest, Schedule
@@ -167,11 +168,16 @@ class HostShell:
             ev.GuestWrite32: self._to_vm,
             ev.Answer: lambda e: self.routed.append((self.vcpus[e.cpu], e)),
             ev.Fetched: lambda e: self.routed.append((self.vcpus[e.cpu], e)),
+            ev.MemoryShort: self._memory_short,
             ev.OutOfMemory: self._out_of_memory,
-            **dict.fromkeys((ev.SwapIn, ev.SwapInBad, ev.SwapOut, ev.SlotFree, ev.FrameLent), self._to_swap),
             **dict.fromkeys(
-                (ev.SwapInDone, ev.SwapOutDone, ev.LendFrame, ev.FrameBack, ev.SlotsLost), self._to_vm
+                (ev.SwapIn, ev.SwapInBad, ev.SwapOut, ev.SlotFree, ev.FrameLent, ev.CancelRead), self._to_swap
             ),
+            **dict.fromkeys(
+                (ev.SwapInDone, ev.SwapOutDone, ev.LendFrame, ev.FrameBack, ev.SlotsLost, ev.ReadCancelled),
+                self._to_vm,
+            ),
+            **dict.fromkeys((ev.CancelPage, ev.ReleasePages, ev.MemoryGiven, ev.NoticeLost), self._to_vm),
             ev.PagesLost: self._pages_lost,
             **self._image_effects(),
         }
@@ -758,8 +764,12 @@ class HostShell:
         self.writer.lamport += 1
         self.outbox.put(self.cpu_identity[cpu], wire.Registers(self.writer.lamport, words))
 
+    def _memory_short(self, effect: ev.MemoryShort) -> None:
+        for event in notices(effect, self.vcpus):
+            self._feed(self.vm if type(event) is ev.NoticeLost else self.vcpus[event.cpu], event)
+
     def _out_of_memory(self, effect: ev.OutOfMemory) -> None:
-        """No frame, no slot: an orderly end instead of a hang."""
+        """No frame, no slot, and no guest has anything to give back: an orderly end instead of a hang."""
         if not self.finished:
             self.finished = True
             used = self.swap.slots_used

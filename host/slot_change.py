@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
-from host.events import MemslotsSet, SetMemslots
+from host.events import GetPage, MemslotsSet, SetMemslots
 from host.kernels import F_WRITEBACK, HPT_EVICT, HPT_NONE, HPT_READING, HPT_WRITING
 from host.slots import Memslot, without
 from proto.layout import NPT_D, NPT_P
@@ -63,6 +63,12 @@ class SlotChange:
             return False
         self._held.append(event)
         return True
+
+    def cancel(self, event: Any) -> bool:
+        """Forget a held `GetPage`; True when there was one."""
+        found = [e for e in self._held if (type(e), e.cpu, e.ask) == (GetPage, event.cpu, event.ask)]
+        self._held = [e for e in self._held if e not in found]
+        return bool(found)
 
     @property
     def moving(self) -> bool:

@@ -136,7 +136,9 @@ def _unsigned(value: Any, bits: int, key: str) -> int:
     return value
 
 
-_INJECTABLE: Final = frozenset(int(kind) for kind in Inject if kind is not Inject.NONE)
+_INJECTABLE: Final = frozenset(
+    int(kind) for kind in Inject if kind not in (Inject.NONE, Inject.OUT_OF_MEMORY)
+)
 
 
 def save_list(profile: Profile) -> tuple[int, ...]:

@@ -27,6 +27,7 @@ from typing import Any, Final
 
 from host.copies import SLOTS_PER_DAEMON, Copies
 from host.events import (
+    CancelRead,
     DaemonFenced,
     DaemonGone,
     DaemonLost,
@@ -36,6 +37,7 @@ from host.events import (
     IoReply,
     LendFrame,
     LookAtRequests,
+    ReadCancelled,
     SendIo,
     SlotFree,
     SlotsLost,
@@ -161,6 +163,7 @@ class SwapMachine(Machine):
             FrameLent: self._frame_lent,
             SwapOut: self._swap_out,
             SlotFree: lambda event: self.copies.free(event.slot),
+            CancelRead: self._cancel_read,
             IoReply: self._reply,
             LookAtRequests: self._look_at_requests,
             DaemonUp: self._daemon_up,
@@ -219,6 +222,27 @@ class SwapMachine(Machine):
     def _swap_in_bad(self, event: SwapInBad) -> None:
         self._strike(self._begin(event.hvp, event.slot), event.copy, event.frame)
 
+    def _cancel_read(self, event: CancelRead) -> None:
+        """Nobody waits for that page: its attempts have all lost. One that ended meanwhile has told so already."""
+        read = self._reads.get(event.hvp)
+        if read is not None and read.slot == event.slot:
+            read.done = True
+            del self._reads[event.hvp]
+            self._give_up_waiting(read)
+            for spare in read.spare:
+                self.emit(FrameBack(spare))
+            read.spare.clear()
+        self._strikes.pop(event.hvp, None)
+        self.emit(ReadCancelled(event.hvp, event.slot))
+
+    def _give_up_waiting(self, read: _Read, but: _Request | None = None) -> None:
+        """Attempts that were not sent yet are not needed any more."""
+        for request in read.live:
+            daemon = self.daemons[request.copy // SLOTS_PER_DAEMON]
+            if request is not but and request in daemon.queue:
+                daemon.queue.remove(request)
+                self._drop(request)
+
     def _begin(self, hvp: int, slot: int) -> _Read:
         if hvp in self._reads:
             raise MachineError(f"page {hvp} is read twice at a time")
@@ -260,11 +284,7 @@ class SwapMachine(Machine):
             copy=copy,
             rewrite=self._lacks(slot, read.hvp),
         )
-        for loser in read.live:
-            daemon = self.daemons[loser.copy // SLOTS_PER_DAEMON]
-            if loser is not request and loser in daemon.queue:
-                daemon.queue.remove(loser)
-                self._drop(loser)
+        self._give_up_waiting(read, but=request)
 
     def _done(self, read: _Read, frame: int, *, ok: bool, xxh3: int, copy: int, rewrite: bool) -> None:
         """Say how a read ended. The vm machine hears first whose frame the page is in, then which frames are free."""

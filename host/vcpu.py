@@ -14,6 +14,7 @@ from typing import Any, Final
 from host.events import (
     Answer,
     AtBarrier,
+    CancelPage,
     Enter,
     ExitTaken,
     Fetched,
@@ -22,10 +23,14 @@ from host.events import (
     Gup,
     Interrupt,
     KickVcpu,
+    MemoryGiven,
+    MemoryNotice,
+    NoticeLost,
     Pause,
     Paused,
     Poke,
     PoweredDown,
+    ReleasePages,
     Reset,
     ResetMachine,
     Restore,
@@ -46,7 +51,7 @@ from proto.machine import Machine, MachineError, Path
 from proto.profile import Profile
 from proto.stats import HostCounter, HostHist
 from proto.trace import Kind
-from proto.wire import HC_AT_BARRIER, HC_RESET, Entry, Exit, ExitReason, Held, Inject
+from proto.wire import HC_AT_BARRIER, HC_OOM, HC_RELEASE, HC_RESET, Entry, Exit, ExitReason, Held, Inject
 
 HOST_TICK_NS: Final = 4_000_000
 """The host's own timer makes a running vCPU exit every 1 to 4 ms (seen in the recorded kernels); here only when something waits."""
@@ -93,6 +98,12 @@ class VcpuMachine(Machine):
         self._kicked = False
         self._poked = False
         self._pausing = False
+        self._notice: int | None = None
+        """The guest has to be told that memory is short, at the next entry without another exception."""
+        self._told = 0
+        """Number of the notice that this guest CPU took and has not answered."""
+        self._page_ask = 0
+        """The request for a page that this vCPU is held for."""
         self._handlers: dict[type[Any], Callable[[Any], Path | None]] = {
             ExitTaken: self._exit_taken,
             Answer: self._answered,
@@ -100,6 +111,7 @@ class VcpuMachine(Machine):
             TimerDue: self._timer_due,
             Interrupt: self._interrupt,
             Poke: self._poke,
+            MemoryNotice: self._memory_notice,
             Pause: self._pause,
             Restore: self._restore,
             Reset: self._reset_wanted,
@@ -149,6 +161,11 @@ class VcpuMachine(Machine):
         """An exit record is only accepted from a vCPU that was entered (or boots)."""
         return self.where is Where.IN_GUEST or (self.where is Where.OUT and self.last_exit is _NO_EXIT)
 
+    @property
+    def started(self) -> bool:
+        """Its guest has been heard of: it will be entered."""
+        return self.last_exit is not _NO_EXIT
+
     def _exit_taken(self, event: ExitTaken) -> Path:
         record = event.record
         self.where = VCPU.go(self.where, "boot" if self.last_exit is _NO_EXIT else "exit")
@@ -171,6 +188,7 @@ class VcpuMachine(Machine):
     def _power_down(self) -> Path:
         self.x86.forget(CANCEL_DESTROY)
         self.where = VCPU.go(self.where, "power_down")
+        self._lose_notice()
         self.emit(PoweredDown(self.cpu))
         if self._pausing:
             self.emit(Paused(self.cpu))
@@ -194,6 +212,8 @@ class VcpuMachine(Machine):
             if (yield from self._go_async(record, gfn, answer.hvp)):
                 return
             answer = yield from self.get_page(gfn, write, Gup.WAIT)
+        if answer.value == Found.NO_MEMORY:
+            return
         if answer.waited:
             self.obs.record(HostHist.FAULT, self.now_ns - self.exit_ns)
         if could_not_map(answer.value):
@@ -244,7 +264,19 @@ class VcpuMachine(Machine):
         elif record.arg0 == HC_RESET:
             self.emit(ResetMachine(self.vm, self.cpu))
             self.requests |= REQ_RESET
+        elif record.arg0 == HC_RELEASE:
+            gfn, mask = record.gpa >> 12, record.arg1
+            yield from self.query(lambda ask: ReleasePages(self.cpu, ask, self.vm, gfn, mask))
+        elif record.arg0 == HC_OOM:
+            self._answer_notice(record)
         yield "hypercall"
+
+    def _answer_notice(self, record: Exit) -> None:
+        """Any CPU of the guest may answer: the one that stopped last gives the memory back."""
+        self._trace(Kind.OOM_ANSWER, a=record.arg1, b=record.gpa, c=record.gva)
+        if self._told == record.arg1:
+            self._told = 0
+        self.emit(MemoryGiven(self.vm, record.arg1, record.gpa, record.gva))
 
     def _write_cr0(self, record: Exit) -> Path:
         now = record.arg0 & 1
@@ -259,7 +291,8 @@ class VcpuMachine(Machine):
         while True:
             if self.requests & REQ_RESET:
                 yield from self._reset()
-            if self._pausing and self._at_save_point():
+            # A notice goes first: it is not part of what is saved.
+            if self._pausing and self._at_save_point() and self._notice is None:
                 self._stop_here()
                 return
             if self.requests & REQ_APF_HALT:
@@ -302,7 +335,7 @@ class VcpuMachine(Machine):
             return False
         if not self.halt:
             return True
-        if self.x86.apf.done or self.exception is not None or self._poked:
+        if self.x86.apf.done or self.exception is not None or self._poked or self._notice is not None:
             return True
         return bool(self.lapic.irr) and self.x86.interrupts_allowed()
 
@@ -315,6 +348,7 @@ class VcpuMachine(Machine):
         self._startup_due = False
         self.exception = None
         self._poked = False
+        self._lose_notice()
         self._result = 0
         self.lapic.reset()
         self.x86.reset()
@@ -356,6 +390,8 @@ class VcpuMachine(Machine):
         inject, cr2 = self.exception if self.exception is not None else (Inject.NONE, 0)
         if self._restart:
             inject, self._restart = Inject.RESET, False
+        elif self._notice is not None and self.exception is None:
+            inject, cr2 = Inject.OUT_OF_MEMORY, self._take_notice()
         self.exception = None
         self._poked = False
         self.where = VCPU.go(self.where, "enter")
@@ -375,7 +411,7 @@ class VcpuMachine(Machine):
             # Mode E hands over one completion per entry: the next exit takes the next one, at the latest at the host's tick. In mode I
             # the rest waits for the guest's ACK, however often it exits (recorded: ack_no_clr, clr_no_ack).
             self._arm(self.now_ns + HOST_TICK_NS)
-        if self.requests or self._pausing:
+        if self.requests or self._pausing or self._notice is not None:
             self.kick(self.requests)
 
     # -- save and restore ----------------------------------------------------------------------------------
@@ -384,7 +420,7 @@ class VcpuMachine(Machine):
         self._pausing = True
         if self.where in (Where.OFF, Where.PAUSED):
             self.emit(Paused(self.cpu))
-        elif self.where is Where.BLOCKED and self._at_save_point():
+        elif self.where is Where.BLOCKED and self._at_save_point() and self._notice is None:
             self._stop_here()
         else:
             self.kick(0)
@@ -453,6 +489,31 @@ class VcpuMachine(Machine):
         self.kick(0)
         return self._wake()
 
+    def _memory_notice(self, event: MemoryNotice) -> Path | None:
+        """Whatever this vCPU waits for, it goes back to its guest. One that is held for a page executes its instruction again."""
+        self._notice = max(event.number, self._notice or 0)
+        if self.where in (Where.OFF, Where.PAUSED):
+            self._lose_notice()
+            return None
+        if self._page_ask:
+            self.emit(CancelPage(self.cpu, self._page_ask))
+        self.kick(0)
+        return self._wake()
+
+    def _take_notice(self) -> int:
+        """It goes with this entry."""
+        number, self._notice = self._notice or 0, None
+        self._told = number or self._told
+        self._trace(Kind.OOM_NOTICE, a=number)
+        return number
+
+    def _lose_notice(self) -> None:
+        """The guest CPU begins anew, or is no more: it will not answer."""
+        if number := self._notice or self._told:
+            self.emit(NoticeLost(self.vm, number, nobody=False))
+        self._notice = None
+        self._told = 0
+
     def _reset_wanted(self, _: Reset) -> Path | None:
         """INIT, or a reset of the machine: taken when the vCPU is outside guest mode, before anything else."""
         if self.where is Where.OFF:
@@ -497,15 +558,24 @@ class VcpuMachine(Machine):
 
     # -- helpers -------------------------------------------------------------------------------------------
     def get_page(self, gfn: int, write: bool, how: Gup) -> Path:
-        """Ask the vm machine for a page; returns its Answer."""
-        return (yield from self.query(lambda ask: GetPage(self.cpu, ask, self.vm, gfn, write, how)))
+        """Ask the vm machine for a page; returns its Answer. A notice to the guest takes back what the vCPU is held for."""
+        held = how is not Gup.PREFAULT
+        return (
+            yield from self.query(lambda ask: GetPage(self.cpu, ask, self.vm, gfn, write, how), held=held)
+        )
 
-    def query(self, request: Callable[[int], object]) -> Path:
+    def query(self, request: Callable[[int], object], *, held: bool = False) -> Path:
         """Ask the vm machine; returns its `Answer`. If it had to wait, the vCPU was blocked: guest time passed."""
         ask = self.new_ask()
         since_ns = self.now_ns
         self.emit(request(ask.ask_id))
+        if held:
+            self._page_ask = ask.ask_id
+            if self._notice is not None:
+                self.emit(CancelPage(self.cpu, ask.ask_id))
         answer = yield ask
+        if held:
+            self._page_ask = 0
         if answer.waited:
             held_ns = self.now_ns - since_ns
             self._held(Held.BLOCKED, held_ns)

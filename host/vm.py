@@ -10,9 +10,13 @@ Invariants
   after the grace). Until then a fault takes the page back.
 * Nobody waits here: what cannot be answered now is a waiter in a table, answered by the event that makes it possible.
 * A page in READING has one read under way however many wait for it.
+* The last ``Limits.reserve`` frames are for the host's own accesses, so that these wait for I/O at most, never for a guest.
+
+When swap is full, reclaim passes pages without a slot over (F_STUCK) and goes on with those that have one.
 
 Deliberately not here: where swap slots lie and which daemon serves them (host/swap.py), who may fault asynchronously (host/x86.py), the
-layout of guest memory (host/slots.py) and its changes (host/slot_change.py).
+layout of guest memory (host/slots.py) and its changes (host/slot_change.py), memory that guests give back (host/giveback.py), when they
+have to (host/shortage.py).
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from host.events import (
     STALE,
     Answer,
     CancelFetch,
+    CancelPage,
     Fetch,
     Fetched,
     Found,
@@ -41,10 +46,13 @@ from host.events import (
     LoadPage,
     LoadSlots,
     LookAtGrace,
-    OutOfMemory,
+    MemoryGiven,
+    NoticeLost,
     PageLoaded,
     PageSaved,
     PagesLost,
+    ReadCancelled,
+    ReleasePages,
     SavePage,
     SetMemslots,
     SlotFree,
@@ -56,8 +64,10 @@ from host.events import (
     SwapOutDone,
     Translate,
 )
+from host.giveback import GiveBack
 from host.kernels import (
     F_DIRTY,
+    F_STUCK,
     F_WRITEBACK,
     F_YOUNG,
     F_ZEROED,
@@ -72,6 +82,7 @@ from host.kernels import (
 )
 from host.memory import VmPort
 from host.observe import Observer
+from host.shortage import Shortage
 from host.slot_change import SlotChange
 from host.slots import UNMAPPED, Memslot, Range, Region, Slots
 from proto.image import Content
@@ -93,12 +104,16 @@ _LOADS: Final = {Content.DATA: "load", Content.ZERO: "load_zero", Content.BAD: "
 
 
 class Limits(NamedTuple):
-    """Water marks in frames and the populate block in pages."""
+    """Water marks in frames and the populate block in pages. ``reserve``: free frames that guests' faults leave alone; ``least``: with
+    fewer frames than this that can change their page, memory is short.
+    """
 
     low: int
     high: int
     populate_pages: int
     zero_pages: bool
+    reserve: int = 0
+    least: int = 1
 
 
 class _Unmapped(NamedTuple):
@@ -123,11 +138,15 @@ class VmMachine(Machine):
         self.memory = memory
         self.slots = Slots(slots, memory.vm_count, regions)
         self.change = SlotChange(self)
+        self.giveback = GiveBack(self)
+        self.shortage = Shortage(self)
         self.limits = limits
         self.obs = observer
         self._columns(self.slots.host_pages, memory.frame_count)
         self._waiters: dict[int, list[Any]] = {}
         self._frame_waiters: deque[int] = deque()
+        self._urgent: deque[int] = deque()
+        """Pages that the host itself needs a frame for, when even the reserve was used up."""
         self._unmapped: list[deque[_Unmapped]] = [deque() for _ in range(memory.vm_count)]
         self._hands: dict[Range, int] = {}
         self._next_range = 0
@@ -138,19 +157,26 @@ class VmMachine(Machine):
         self.lent: set[int] = set()
         self._evicting = 0
         self._reclaiming = False
+        self._found_none = False
+        """Somebody waits for a frame, and every page was too hot to be a victim just now."""
         self.swap_full = False
         self._handlers: dict[type[Any], Callable[[Any], None]] = {
             GetPage: self._get_page,
             Translate: self._translate,
             Fetch: self._fetch,
             CancelFetch: self._cancel_fetch,
+            CancelPage: self._cancel_page,
+            ReleasePages: self.giveback.release,
+            MemoryGiven: self.shortage.given,
+            NoticeLost: self.shortage.lost,
             GuestRead32: self._guest_access,
             GuestWrite32: self._guest_access,
             SwapInDone: self._swap_in_done,
             LendFrame: self._lend_frame,
-            FrameBack: self._frame_back,
+            FrameBack: self.frame_back,
             SlotsLost: self._slots_lost,
             SwapOutDone: self._swap_out_done,
+            ReadCancelled: self.giveback.cancelled,
             LookAtGrace: lambda _: None,
             SavePage: self._save_page,
             LoadSlots: lambda event: self.slots.replace(event.slots),
@@ -193,23 +219,29 @@ class VmMachine(Machine):
             self.change.advance()
         if self._evicting:
             self._advance_grace()
-        if self._frame_waiters:
+        if self.giveback.pending:
+            self.giveback.advance()
+        if self._frame_waiters or self._urgent:
             self._feed_frame_waiters()
-        if self._reclaiming or self.free_count < self.limits.low or self._frame_waiters:
+        if self._reclaiming or self.free_count < self.limits.low or self.starving:
             self._reclaim()
-        if (
-            self.swap_full
-            and self._frame_waiters
-            and not self._evicting
-            and not self._writes
-            and not self.lent
-        ):
-            self.emit(OutOfMemory(len(self._frame_waiters)))
+        if self.swap_full and self.starving:
+            self.shortage.look()
 
     @property
     def grace_pending(self) -> bool:
-        """Whether somebody waits for flush acknowledgements: the shell looks again soon."""
-        return self._evicting > 0 or self.change.pending
+        """Whether somebody waits for flush acknowledgements, or for victims that are too hot now: the shell looks again soon."""
+        return self._evicting > 0 or self.change.pending or self.giveback.pending or self._found_none
+
+    @property
+    def starving(self) -> int:
+        """How many pages wait for a frame."""
+        return len(self._frame_waiters) + len(self._urgent)
+
+    def starved(self, *, urgent: bool) -> list[Any]:
+        """Who waits for those pages, of the guests or of the host itself. Nobody, where who waited was reset meanwhile."""
+        queue = self._urgent if urgent else self._frame_waiters
+        return [event for hvp in queue for event in self._waiters.get(hvp, ())]
 
     def _move(self, hvp: int, event: str) -> None:
         """Take a page along an arrow of proto/lives.py PAGE. Raises MachineError."""
@@ -241,6 +273,7 @@ class VmMachine(Machine):
     def _get_page(self, event: GetPage, waited: bool = False) -> None:
         if self.change.hold(event):
             return
+        self.shortage.heard(event.vm)
         hvp = self.find_hvp(event.vm, event.gfn)
         if hvp < 0:
             self.emit(Answer(event.cpu, event.ask, Found.NO_SLOT, waited))
@@ -294,7 +327,7 @@ class VmMachine(Machine):
         self.obs.count(HostCounter.WRITEBACK_CANCELLED)
 
     def _zero_fill(self, vm: int, gfn: int, hvp: int) -> int:
-        if self.free_count == 0:
+        if self.free_count <= self.limits.reserve:
             return _NEEDS_FRAME
         fresh = self._state[hvp] == HPT_NONE
         block = self.limits.populate_pages
@@ -324,27 +357,53 @@ class VmMachine(Machine):
         return first, min(first - first % block + block, s.base_hvp + s.pages) - first
 
     # -- waiting for pages and frames ----------------------------------------------------------------------
-    def _wait_for(self, hvp: int, event: Any) -> None:
+    def _wait_for(self, hvp: int, event: Any, urgent: bool = False) -> None:
+        """``urgent``: the host itself needs the page, so the reserve is for it."""
         self._waiters.setdefault(hvp, []).append(event)
         if self._state[hvp] == HPT_SLOT:
             self._move(hvp, "want")
             self._frame[hvp] = -1
-            self._read(hvp)
+            self._read(hvp, urgent)
         elif self._state[hvp] != HPT_READING:
-            self.obs.count(HostCounter.FRAME_WAITS)
-            self._frame_waiters.append(hvp)
+            self._wait_for_frame(hvp, urgent)
+        elif urgent and self._frame[hvp] < 0:
+            self._read(hvp, urgent)
 
-    def _read(self, hvp: int) -> None:
+    def _wait_for_frame(self, hvp: int, urgent: bool) -> None:
+        self.obs.count(HostCounter.FRAME_WAITS)
+        (self._urgent if urgent else self._frame_waiters).append(hvp)
+
+    def _read(self, hvp: int, urgent: bool = False) -> None:
         """Start the read of a page in READING, or queue for a landing frame."""
-        if self.free_count == 0:
-            self.obs.count(HostCounter.FRAME_WAITS)
-            self._frame_waiters.append(hvp)
+        if self.free_count <= (0 if urgent else self.limits.reserve):
+            self._wait_for_frame(hvp, urgent)
             return
         frame = self._take_frame(hvp)
         self.obs.trace(Kind.SWAP_IN, a=hvp, b=self._slot[hvp], c=frame)
         self.emit(SwapIn(hvp, self._slot[hvp], frame))
 
-    def _serve(self, hvp: int) -> None:
+    def _cancel_page(self, event: CancelPage) -> None:
+        """The page goes on coming; the vCPU will fault on it again."""
+        for hvp, waiters in self._waiters.items():
+            for waiter in waiters:
+                if type(waiter) is GetPage and (waiter.cpu, waiter.ask) == (event.cpu, event.ask):
+                    waiters.remove(waiter)
+                    self._forget_waiter(hvp, waiters)
+                    self.emit(Answer(event.cpu, event.ask, Found.NO_MEMORY, True, hvp))
+                    return
+        if self.change.cancel(event):
+            self.emit(Answer(event.cpu, event.ask, Found.NO_MEMORY, True))
+
+    def _forget_waiter(self, hvp: int, waiters: list[Any]) -> None:
+        """A page that nobody wants any more does not queue for a frame. A read keeps its place: who asks again finds it READING."""
+        if not waiters:
+            del self._waiters[hvp]
+            if self._state[hvp] != HPT_READING:
+                for queue in (self._frame_waiters, self._urgent):
+                    while hvp in queue:
+                        queue.remove(hvp)
+
+    def serve(self, hvp: int) -> None:
         """Answer everybody who waits for a page that can be mapped now."""
         for event in self._waiters.pop(hvp, ()):
             if type(event) is GetPage:
@@ -405,14 +464,14 @@ class VmMachine(Machine):
             return
         if self._state[hvp] in (HPT_NONE, HPT_ZERO):
             if self.free_count == 0:
-                self._wait_for(hvp, event)
+                self._wait_for(hvp, event, urgent=True)
                 return
             frame = self._take_frame(hvp)
             self.memory.zero(frame)
             self._move(hvp, "zero_fill")
             self._flags[hvp] = F_ZEROED
         elif self._state[hvp] in (HPT_SLOT, HPT_READING):
-            self._wait_for(hvp, event)
+            self._wait_for(hvp, event, urgent=True)
             return
         else:
             self._take_back(hvp, write)
@@ -433,7 +492,7 @@ class VmMachine(Machine):
         hvp = event.hvp
         state = self._state[hvp]
         if state in (HPT_SLOT, HPT_READING):
-            self._wait_for(hvp, event)
+            self._wait_for(hvp, event, urgent=True)
         elif state in _CONTENT:
             self.emit(PageSaved(hvp, _CONTENT[state], b""))
         elif self.limits.zero_pages and self.memory.is_zero(self._frame[hvp]):
@@ -450,7 +509,7 @@ class VmMachine(Machine):
             )
         if content is Content.DATA:
             if self.free_count == 0:
-                self._wait_for(hvp, event)
+                self._wait_for(hvp, event, urgent=True)
                 return
             self.memory.write_page(self._take_frame(hvp), event.data)
             self._flags[hvp] = F_DIRTY
@@ -461,6 +520,8 @@ class VmMachine(Machine):
     # -- swap-in -------------------------------------------------------------------------------------------
     def _swap_in_done(self, event: SwapInDone) -> None:
         hvp, frame = event.hvp, event.frame
+        if self.giveback.landed(event):
+            return
         if self._state[hvp] != HPT_READING or (self._frame[hvp] != frame and frame not in self.lent):
             raise MachineError(
                 f"swap-in of page {hvp} into frame {frame}, which is in state {self._state[hvp]}"
@@ -483,8 +544,8 @@ class VmMachine(Machine):
             self.obs.count(HostCounter.REWRITTEN)
             self._flags[hvp] |= F_DIRTY
             self._slot[hvp] = -1
-            self._free_slot(event.slot)
-        self._serve(hvp)
+            self.free_slot(event.slot)
+        self.serve(hvp)
 
     def _poison(self, hvp: int) -> None:
         """No copy can be read: the page is lost, and whoever touches it gets a machine check."""
@@ -493,33 +554,41 @@ class VmMachine(Machine):
         self._move(hvp, "poison")
         self._frame[hvp] = self._slot[hvp] = -1
         self.emit(SlotFree(slot))
-        self._give_frame(frame)
-        self._serve(hvp)
+        self.give_frame(frame)
+        self.serve(hvp)
 
     # -- further reads of a page -----------------------------------------------------------------------------
     def _lend_frame(self, event: LendFrame) -> None:
         """A landing frame for a second read; none for a page that nobody reads any more, or while others wait for frames."""
         frame = -1
-        if self._state[event.hvp] == HPT_READING and self.free_count and not self._frame_waiters:
+        spare = self.free_count > self.limits.reserve and not self.starving
+        if self._state[event.hvp] == HPT_READING and spare:
             self.free_count -= 1
             frame = self._free[self.free_count]
             self.lent.add(frame)
         self.emit(FrameLent(event.hvp, frame))
 
+    def lend(self, frame: int) -> None:
+        """A frame that a read may land in, and that no page owns any more."""
+        self.lent.add(frame)
+        self._owner[frame] = -1
+
     def _exchange(self, hvp: int, frame: int) -> None:
         """The page came in a lent frame; the one that was meant for it stays lent until nothing can land there."""
         own = self._frame[hvp]
         self.lent.remove(frame)
-        self.lent.add(own)
-        self._owner[own] = -1
+        self.lend(own)
         self._owner[frame] = hvp
         self._frame[hvp] = frame
 
-    def _frame_back(self, event: FrameBack) -> None:
+    def frame_back(self, event: FrameBack) -> None:
+        """Nothing can land in a lent frame any more: it is free."""
         if event.frame not in self.lent:
             raise MachineError(f"frame {event.frame} comes back and was not lent")
         self.lent.remove(event.frame)
         self._push_free(event.frame)
+        # The block that its request named may be free now as well.
+        self._unstick()
 
     def _slots_lost(self, event: SlotsLost) -> None:
         """Pages that are in memory are dirty from now on; one that was only there ends the run."""
@@ -536,16 +605,26 @@ class VmMachine(Machine):
     # -- reclaim -------------------------------------------------------------------------------------------
     def _reclaim(self) -> None:
         """Below the low mark unmap batches until the frames on their way plus the free ones reach the high mark."""
-        if self.free_count < self.limits.low or self._frame_waiters:
+        self._found_none = False
+        if self.shortage.open or (self.swap_full and not self.starving):
+            # What is short now comes from a guest; and where nobody waits, more attempts would only find that there is no slot.
+            self._reclaiming = False
+            return
+        if self.free_count < self.limits.low or self.starving:
             self._reclaiming = True
         while self._reclaiming:
             coming = self._evicting + len(self._writes)
             missing = self.limits.high - self.free_count - coming
-            if missing <= 0 or self.swap_full:
-                self._reclaiming = self.free_count < self.limits.high and not self.swap_full
+            if missing <= 0:
+                self._reclaiming = self.free_count < self.limits.high
                 return
             if self._unmap_batch(min(missing, FLUSH_BATCH)) == 0:
+                self._found_none = self.starving > 0 and coming == 0 and self._evictable()
                 return
+
+    def _evictable(self) -> bool:
+        """Whether some page is only too hot to be a victim."""
+        return bool(np.any((self.state == HPT_RESIDENT) & (self.flags & (F_WRITEBACK | F_STUCK) == 0)))
 
     def _unmap_batch(self, want: int) -> int:
         """One flush generation: victims from the host's memory, range by range; returns how many."""
@@ -627,7 +706,7 @@ class VmMachine(Machine):
             self.obs.count(HostCounter.ZERO_OUT)
             if slot >= 0:
                 self._slot[hvp] = -1
-                self._free_slot(slot)
+                self.free_slot(slot)
             self._drop(hvp, "drop_zero")
         else:
             self._move(hvp, "write")
@@ -641,7 +720,7 @@ class VmMachine(Machine):
         self._move(hvp, why)
         self._flags[hvp] = 0
         self._frame[hvp] = -1
-        self._give_frame(frame)
+        self.give_frame(frame)
 
     def _swap_out_done(self, event: SwapOutDone) -> None:
         hvp = event.hvp
@@ -652,7 +731,6 @@ class VmMachine(Machine):
         if not event.ok:
             self._write_failed(event)
             return
-        self.swap_full = False
         self.obs.count(HostCounter.SWAP_OUT_PAGES)
         self.obs.trace(Kind.SWAP_OUT_DONE, a=hvp, b=event.slot, c=event.frame)
         self._slot[hvp] = event.slot
@@ -666,24 +744,64 @@ class VmMachine(Machine):
     def _stale_write(self, event: SwapOutDone) -> None:
         """Answer to a cancelled write: only now may its slot and its frame be used again."""
         if event.slot >= 0:
-            self._free_slot(event.slot)
+            self.free_slot(event.slot)
+        elif not event.full:
+            # A write that failed has given its slot back already.
+            self._unstick()
         frame = self._pinned.pop(event.serial, -1)
         if frame in self._limbo and frame not in self._pinned.values():
             self._limbo.discard(frame)
             self._push_free(frame)
 
     def _write_failed(self, event: SwapOutDone) -> None:
-        """The page stays in memory, dirty. A full swap stops reclaim until a slot comes back."""
+        """The page stays in memory, dirty. When there was no slot, reclaim leaves it alone until one comes back."""
         hvp = event.hvp
-        self.swap_full = self.swap_full or event.full
         self._slot[hvp] = -1
         if self._state[hvp] == HPT_WRITING:
             self._move(hvp, "keep")
         self._flags[hvp] = (self._flags[hvp] | F_DIRTY | F_YOUNG) & ~F_WRITEBACK
+        if event.full:
+            self.swap_full = True
+            self._flags[hvp] |= F_STUCK
+        else:
+            self._unstick()
 
-    def _free_slot(self, slot: int) -> None:
-        self.swap_full = False
+    def free_slot(self, slot: int) -> None:
+        """Nobody needs what is in a slot, and no request names it."""
+        self._unstick()
         self.emit(SlotFree(slot))
+
+    def _unstick(self) -> None:
+        """A slot came back: one of the pages that found none may try again."""
+        if self.swap_full:
+            stuck = np.flatnonzero(self.flags & F_STUCK)
+            if len(stuck):
+                self.flags[stuck[0]] &= 255 - F_STUCK
+            self.swap_full = len(stuck) > 1
+
+    @property
+    def stuck(self) -> int:
+        """Frames that cannot change their page as long as no slot is free."""
+        return int(np.count_nonzero(self.flags & F_STUCK)) if self.swap_full else 0
+
+    def cancel_write_of(self, hvp: int) -> bool:
+        """The page of a write under way is given up: frame and slot are free when it is answered. False: there is no such write."""
+        if hvp not in self._writes:
+            return False
+        self._pinned[self._writes.pop(hvp)] = self._frame[hvp]
+        return True
+
+    def forget_page(self, hvp: int) -> None:
+        """The guest gave it back: as if it had never been touched."""
+        self._move(hvp, "give_back")
+        self._flags[hvp] = 0
+        self._frame[hvp] = -1
+        self._slot[hvp] = -1
+
+    @property
+    def slots_coming(self) -> int:
+        """Slots that will be free when writes under way are answered: their pages were written to or given back meanwhile."""
+        return len(self._pinned)
 
     # -- frames --------------------------------------------------------------------------------------------
     def _take_frame(self, hvp: int) -> int:
@@ -695,7 +813,8 @@ class VmMachine(Machine):
         self._frame[hvp] = frame
         return frame
 
-    def _give_frame(self, frame: int) -> None:
+    def give_frame(self, frame: int) -> None:
+        """A frame that no page has any more and no vCPU reaches; limbo, while an unanswered write names it."""
         self._owner[frame] = -1
         if self._pinned and frame in self._pinned.values():
             self._limbo.add(frame)
@@ -707,11 +826,15 @@ class VmMachine(Machine):
         self.free_count += 1
 
     def _feed_frame_waiters(self) -> None:
-        """Frames came back: first come, first served."""
-        while self._frame_waiters and self.free_count:
-            hvp = self._frame_waiters.popleft()
-            if self._state[hvp] == HPT_READING:
-                if self._frame[hvp] < 0:
-                    self._read(hvp)
-            else:
-                self._serve(hvp)
+        """Frames came back: the host first, else first come, first served."""
+        for queue, urgent, left in (
+            (self._urgent, True, 0),
+            (self._frame_waiters, False, self.limits.reserve),
+        ):
+            while queue and self.free_count > left:
+                hvp = queue.popleft()
+                if self._state[hvp] == HPT_READING:
+                    if self._frame[hvp] < 0:
+                        self._read(hvp, urgent)
+                else:
+                    self.serve(hvp)

@@ -51,6 +51,8 @@ class _Totals:
     events: int = 0
     parks: int = 0
     reads_checked: int = 0
+    oom_kills: int = 0
+    oom_seeds: int = 0
     failed: list[int] = field(default_factory=list)
     passed_with: Counter[str] = field(default_factory=Counter)
     unfired: Counter[str] = field(default_factory=Counter)
@@ -63,6 +65,8 @@ class _Totals:
         self.events += outcome.events
         self.parks += outcome.parks
         self.reads_checked += outcome.reads_checked
+        self.oom_kills += outcome.oom_kills
+        self.oom_seeds += bool(outcome.oom_kills)
         if outcome.failures:
             self.failed.append(outcome.plan.seed)
             return
@@ -74,7 +78,8 @@ class _Totals:
         """As a JSON object."""
         return {
             "seeds": self.seeds, "faults": self.faults, "lifecycles": self.lifecycles, "events": self.events, "parks": self.parks,
-            "reads_checked": self.reads_checked, "failed": self.failed, "passed": not self.failed,
+            "reads_checked": self.reads_checked, "oom_kills": self.oom_kills, "oom_seeds": self.oom_seeds,
+            "failed": self.failed, "passed": not self.failed,
             "passed_with": dict(sorted(self.passed_with.items())), "unfired": dict(sorted(self.unfired.items())),
         }  # fmt: skip
 
@@ -143,6 +148,8 @@ def _summary(totals: _Totals, seconds: float) -> None:
         f" {totals.events} events, {totals.parks} parked steps, {totals.reads_checked} reads checked,"
         f" {seconds:.1f} s of CPU time ({rate:.0f} lifecycles/s)"
     )
+    if totals.oom_kills:
+        _say(f"swap was full in {totals.oom_seeds} seeds: {totals.oom_kills} kills for memory")
     if totals.passed_with:
         _say("passed with: " + ", ".join(f"{kind} {n}" for kind, n in sorted(totals.passed_with.items())))
     if totals.unfired:

@@ -15,7 +15,7 @@ import numpy as np
 
 from host.kernels import HPT_BAD, HPT_EVICT, HPT_READING, HPT_RESIDENT, HPT_WRITING
 from proto.events import Events
-from proto.layout import ALLOC_FIRST_GFN, VC_TASKS_KILLED
+from proto.layout import ALLOC_FIRST_GFN, KILL_SWAP_FULL, VC_TASKS_KILLED
 from proto.stats import HostCounter
 from report.check.checker import Checker
 from report.check.verdict import Finding
@@ -42,6 +42,7 @@ class SimOutcome:
     faults: int
     parks: int
     reads_checked: int
+    oom_kills: int
 
     @property
     def passed(self) -> bool:
@@ -69,6 +70,7 @@ def run_plan(plan: SimPlan) -> SimOutcome:
         faults=counts[HostCounter.NESTED_FAULTS],
         parks=emulator.chance.rested.total(),
         reads_checked=emulator.guests.reads_checked,
+        oom_kills=counts[HostCounter.OOM_KILLS],
     )
 
 
@@ -135,9 +137,12 @@ def _left_over(emulator: Emulator) -> list[str]:
         # Dummies are the checker's business (I45): a broadcast may wake a task whose own ready event then leaves one, in KVM, too.
         if linked != used:
             found.append(f"vm {v}: {linked} nodes in the sleeper table, {used} of them dummies")
-    killed = guests.counter(VC_TASKS_KILLED)
+    short = sum(guest.killed_by(KILL_SWAP_FULL) for guest in guests.vms)
+    killed = guests.counter(VC_TASKS_KILLED) - short
     if killed and not _can_lose_pages(emulator):
         found.append(f"{killed} tasks were killed, and no page can have lost all its copies")
+    if short and not emulator.plan.small_swap:
+        found.append(f"{short} tasks were killed for memory, and swap has room for all")
     vm = emulator.host.vm
     owned = vm.frame_of[np.isin(vm.state, _HAS_FRAME)]
     frames = np.concatenate([owned[owned >= 0], vm.free[: vm.free_count]])

@@ -85,6 +85,10 @@ class Kind(IntEnum):
     """The guest wrote CR0."""
     AREA_CACHE = 49
     """Before a write of the shared area: what its translation is worth. dirty: the page is marked so."""
+    OOM_NOTICE = 50
+    """The next entry tells the guest that memory is short; number 0: its vCPUs have to look who was chosen."""
+    OOM_ANSWER = 51
+    """The guest's answer. flags: OOM_* of proto/wire.py."""
     STATE_SAVE = 56
     """A vCPU's state is saved: what is read of it. mp_state as KVM_GET_MP_STATE gives it; halted: in the synthetic halt."""
     STATE_RESTORE = 57
@@ -119,6 +123,10 @@ class Kind(IntEnum):
     TASK_MOVED = 81
     G_TABLE = 90
     """The sleeper table is worked on: 0 wait, 1 wake, 2 wake-all; interrupts: the interrupt flag."""
+    G_OOM_VICTIM = 92
+    """The guest chose a task, and with it all that share its address space. pages: what that has."""
+    G_OOM_RELEASE = 93
+    """The pages of an address space that nobody executes in are given back. root: gfn of its root table."""
 
     SWAP_IN = 96
     SWAP_IN_DONE = 97
@@ -183,6 +191,8 @@ FIELDS: Final[dict[Kind, tuple[str, ...]]] = {
     Kind.RESET: (),
     Kind.CR0_PG: ("new", "old"),
     Kind.AREA_CACHE: ("cached_generation", "current_generation", "dirty"),
+    Kind.OOM_NOTICE: ("number",),
+    Kind.OOM_ANSWER: ("number", "pages", "flags"),
     Kind.STATE_SAVE: ("mp_state", "halted", "msr_en"),
     Kind.STATE_RESTORE: ("mp_state", "halted", "msr_en"),
     Kind.HASH_SET: ("gfn", "home", "slot"),
@@ -207,6 +217,8 @@ FIELDS: Final[dict[Kind, tuple[str, ...]]] = {
     Kind.G_REBOOT: ("boots",),
     Kind.TASK_MOVED: ("task", "to_vcpu"),
     Kind.G_TABLE: ("operation", "interrupts"),
+    Kind.G_OOM_VICTIM: ("task", "number", "pages"),
+    Kind.G_OOM_RELEASE: ("root", "pages"),
     Kind.SWAP_IN: ("hvp", "slot", "frame"),
     Kind.SWAP_IN_DONE: ("hvp", "slot", "frame"),
     Kind.SWAP_OUT: ("hvp", "slot", "frame"),

@@ -138,8 +138,16 @@ K_BARRIER_TASKS: Final = 4
 """Tasks that stop at the start barrier (all of them, see guest/programs.py); the host opens it when K_AT_BARRIER gets there."""
 K_BOOTS: Final = 5
 """Reboots so far. After one the allocator starts again, so a new page may hold anything and is cleared in full."""
+K_OWNERS: Final = 6
+"""Word index of the owner column: one word for each guest page, behind the task records (see `owners_base`). It is what struct page is to
+Linux: whose page this is can be told without a look at guest memory, which may be on swap. 0: nobody's, or the kernel's; else the gfn of
+the root table of the address space, or `OWNER_FREE`, `OWNER_TAKEN`."""
+OWNER_FREE: Final = 1 << 63
+"""On the stack of pages given back; the low half is the next one."""
+OWNER_TAKEN: Final = 1 << 62
+"""Of a root table: a CPU is giving this address space back."""
 K_ALLOC_NEXT: Final = 8
-"""Next free gfn of the guest's page allocator (atomic add); between two boots a gfn is never recycled."""
+"""Next gfn that the guest's page allocator never handed out (atomic add)."""
 K_ALLOC_FAILED: Final = 9
 K_POWER: Final = 10
 """What becomes of the machine, where CPUs may go and come (cmpxchg): POWER_*."""
@@ -149,6 +157,10 @@ POWER_OFF: Final = 2
 """All tasks are finished: every CPU powers down."""
 K_HOTPLUG: Final = 11
 """Lock: one CPU goes offline at a time (cpu + 1)."""
+K_FREE: Final = 12
+"""Top of the stack of pages given back (cmpxchg): gfn in the low half, 0 = empty; the high half counts changes."""
+K_OOM: Final = 13
+"""Number of the host's notice that memory is short, while it has no answer; 0: none."""
 K_AT_BARRIER: Final = 16
 """Tasks waiting at the start barrier (atomic add)."""
 K_DONE: Final = 24
@@ -256,6 +268,13 @@ T_HOME: Final = 46
 """The CPU that the task was placed on. It goes back there when that CPU has been offline and returns."""
 T_LAMPORT: Final = 47
 """Lamport counter of the CPU that gave the task away, handed over with it; 0: nobody did since it ran last."""
+T_DIE: Final = 48
+"""The task was chosen to give its memory back: DIE_*. Its CPU looks before each stay in guest mode."""
+DIE_CHOSEN: Final = 1
+DIE_STOPPED: Final = 2
+"""Its CPU has seen it: the task executes nothing any more."""
+T_KILL_PAGES: Final = 49
+"""Guest pages of its address space when it was chosen."""
 
 # programs (T_PROGRAM); T_PC 0 is always the first step, PC_BARRIER steps wait for the start barrier
 P_BM_MAIN: Final = 1
@@ -295,6 +314,8 @@ RUN_ABORT: Final = 10
 KILL_SEGV: Final = 1
 KILL_OOM: Final = 2
 KILL_MACHINE_CHECK: Final = 3
+KILL_SWAP_FULL: Final = 4
+"""The host had neither a frame nor a swap slot left (guest/oom.py)."""
 
 # ---- guest memory map (gfns) and formats ----------------------------------------------------------------------------------------------
 APF_AREA_GPA: Final = 0x1000
@@ -328,9 +349,14 @@ def task_base(tasks: int, vcpus: int) -> int:
     return K_NODES + nodes * NODE_WORDS
 
 
-def kernel_words(tasks: int, vcpus: int) -> int:
-    """Size of a guest kernel segment in words."""
+def owners_base(tasks: int, vcpus: int) -> int:
+    """Word index of the owner of gfn 0."""
     return task_base(tasks, vcpus) + tasks * TASK_WORDS
+
+
+def kernel_words(tasks: int, vcpus: int, memory_pages: int) -> int:
+    """Size of a guest kernel segment in words."""
+    return owners_base(tasks, vcpus) + memory_pages
 
 
 def npt_tables(memory_pages: int) -> int:

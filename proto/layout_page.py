@@ -16,9 +16,9 @@ SECTIONS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
     ("VM page (page 1 + v of `control`)", ("VMC_",)),
     ("vCPU page", ("VP_", "XF_")),
     ("Counters in the vCPU page, from word `VP_COUNTERS`", ("VC_",)),
-    ("Guest kernel segment: header and sleeper hash", ("K_", "B_")),
+    ("Guest kernel segment: header, owners and sleeper hash", ("K_", "OWNER_", "B_")),
     ("Sleeper node", ("N_",)),
-    ("Task record", ("T_",)),
+    ("Task record", ("T_", "DIE_")),
     ("Task states, programs, exit codes of the run loop", ("TS_", "P_", "RUN_", "KILL_")),
     ("Page-table entries", ("PTE_", "NPT_")),
 )

@@ -192,6 +192,13 @@ PAGE: Final = Transitions(
         Arrow("write", PageState.EVICT, PageState.WRITING, "nobody translates to it any more: summed, then written"),
         Arrow("written", PageState.WRITING, PageState.SLOT, "the write was acknowledged"),
         Arrow("keep", PageState.WRITING, PageState.RESIDENT, "the write failed or swap is full: it stays, dirty"),
+        Arrow("give_back", PageState.ZERO, PageState.NONE, "the guest does not need it any more"),
+        Arrow("give_back", PageState.RESIDENT, PageState.NONE, "the same; its frame is free after the flush acknowledgements"),
+        Arrow("give_back", PageState.SLOT, PageState.NONE, "the same"),
+        Arrow("give_back", PageState.READING, PageState.NONE, "the same; frame and slot are free when the read is answered"),
+        Arrow("give_back", PageState.EVICT, PageState.NONE, "the same; frame as for RESIDENT"),
+        Arrow("give_back", PageState.WRITING, PageState.NONE, "the same; frame and slot are free when the write is answered"),
+        Arrow("give_back", PageState.BAD, PageState.NONE, "the same; its slot is not used again"),
     ),
 )  # fmt: skip
 
@@ -224,7 +231,7 @@ TASK: Final = Transitions(
         State(TaskState.HALTING, "waits for its token where it may not schedule: its CPU halts with it"),
         State(TaskState.BARRIER, "at the start barrier"),
         State(TaskState.DONE, "finished"),
-        State(TaskState.KILLED, "killed: bad access, out of memory, machine check"),
+        State(TaskState.KILLED, "killed: bad access, out of memory, machine check, swap full"),
     ),
     (TaskState.UNUSED,),
     (

@@ -29,7 +29,7 @@ from proto import pcpu, stats
 from proto.errors import UserError
 from proto.faults import words_needed
 from proto.layout import kernel_words, npt_tables
-from proto.topology import Topology
+from proto.topology import PAGES_PER_MIB, Topology
 from proto.units import PAGE_SIZE
 
 HUGE_BYTES: Final = 2 << 20
@@ -155,7 +155,7 @@ def plan(
         sizes["faults"] = words_needed(len(topology.fault), len(topology.swapd)) * 8
     for v, vm in enumerate(vms):
         sizes[f"npt-{v}"] = npt_tables(vm.memory_mib * MIB // PAGE_SIZE) * PAGE_SIZE
-        sizes[f"kernel-{v}"] = kernel_words(tasks_per_vm[v], vm.vcpus) * 8
+        sizes[f"kernel-{v}"] = kernel_words(tasks_per_vm[v], vm.vcpus, vm.memory_mib * PAGES_PER_MIB) * 8
         sizes[f"shadow-{v}"] = shadow_words_per_vm[v] * 4
     for name in trace_bytes:
         assert name.startswith("trace-"), name

@@ -142,6 +142,12 @@ class HostCounter(IntEnum):
     """And when it was over."""
     RESTARTS_ELSEWHERE = 78
     """Of RESTARTS, those of daemons elsewhere."""
+    OOM_NOTICES = 70
+    """Times a guest was told to give memory back: no frame, no swap slot, and nothing on its way out."""
+    OOM_KILLS = 71
+    """Guest tasks (with all that share their memory) chosen to die for it."""
+    PAGES_RELEASED = 72
+    """Pages with contents that guests gave back."""
 
 
 @unique

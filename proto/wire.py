@@ -93,6 +93,15 @@ HC_AT_BARRIER: Final = 1
 """Tasks of this VM reached the start barrier; arg1 = how many so far."""
 HC_RESET: Final = 2
 """Reset the machine: every vCPU of this VM, then the first one starts."""
+HC_RELEASE: Final = 3
+"""Guest pages that nobody needs any more: bit i of arg1 names the page of `gpa` + 4096 * i. They read as zeros from now on. arg1 = 0: wait
+until no vCPU can reach their old contents."""
+HC_OOM: Final = 4
+"""Answer to OUT_OF_MEMORY: arg1 = its number, `gpa` = number of pages given back, `gva` = OOM_* bits."""
+OOM_KILLED: Final = 1
+"""A task was chosen to die for it."""
+OOM_PENDING: Final = 2
+"""It, or one before, still executes on another CPU: every vCPU has to look. Another answer follows."""
 
 
 class Inject(IntEnum):
@@ -107,6 +116,8 @@ class Inject(IntEnum):
     GP = 4
     RESET = 5
     """Not an exception: the vCPU was reset, the guest starts from its beginning with nothing in its registers and its TLB."""
+    OUT_OF_MEMORY = 6
+    """The host has no memory left. CR2 = number of the notice: give some back and say so (HC_OOM); 0: look whether your task has to die."""
 
 
 class Held(IntEnum):

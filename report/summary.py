@@ -27,8 +27,12 @@ from proto.layout import (
     KILL_MACHINE_CHECK,
     KILL_OOM,
     KILL_SEGV,
+    KILL_SWAP_FULL,
     P_BM_WORK,
     T_CPU,
+    T_CR3,
+    T_GROUP,
+    T_KILL_PAGES,
     T_KILL_REASON,
     T_PROGRAM,
     T_STATE,
@@ -76,7 +80,12 @@ SAVED: Final = "saved"
 """A run that ended with an image of its guests, as it was to."""
 PACE_KEPT_RATIO: Final = 0.98
 """A paced vCPU that executed less of the wall time than this did not keep its pace."""
-KILL_NAMES: Final = {KILL_SEGV: "segv", KILL_OOM: "oom", KILL_MACHINE_CHECK: "machine_check"}
+KILL_NAMES: Final = {
+    KILL_SEGV: "segv",
+    KILL_OOM: "oom",
+    KILL_MACHINE_CHECK: "machine_check",
+    KILL_SWAP_FULL: "swap_full",
+}
 VCPU_TIMES: Final = {
     "running": VC_RUNNING_NS,
     "blocked": VC_BLOCKED_NS,
@@ -123,6 +132,9 @@ TOTALS: Final = {
     "io_retries": HostCounter.IO_RETRIES,
     "io_errors": HostCounter.IO_ERRORS,
     "machine_checks": HostCounter.MACHINE_CHECKS,
+    "oom_notices": HostCounter.OOM_NOTICES,
+    "oom_kills": HostCounter.OOM_KILLS,
+    "pages_released": HostCounter.PAGES_RELEASED,
     "bad_messages": HostCounter.BAD_MESSAGES,
     "quarantined": HostCounter.QUARANTINED,
     "daemons_gone": HostCounter.DAEMONS_GONE,
@@ -235,7 +247,7 @@ def build(
         "check": dict(facts.check) if facts.check else None,
         "save_restore": dict(facts.save_restore) if facts.save_restore else None,
     }
-    summary["warnings"] = [*facts.warnings, *_warnings(topology, summary)]
+    summary["warnings"] = [*facts.warnings, *victims(topology, kernels), *_warnings(topology, summary)]
     if lost := injected.lost_pages(tasks["kill_reasons"]["machine_check"], summary["injected"]):
         summary["warnings"].append(lost)
     return summary
@@ -344,6 +356,24 @@ def count_tasks(kernels: Sequence[U64]) -> dict[str, Any]:
         "unfinished": len(states) - states.count(TS_DONE) - states.count(TS_KILLED),
         "kill_reasons": {name: reasons.count(reason) for reason, name in KILL_NAMES.items()},
     }
+
+
+def victims(topology: Topology, kernels: Sequence[U64]) -> list[str]:
+    """One line for every address space whose tasks were killed for memory: who, and how much it had."""
+    found: dict[tuple[int, int], list[int]] = {}
+    said: dict[tuple[int, int], str] = {}
+    for v, (vm, kernel) in enumerate(zip(topology.vm, kernels, strict=True)):
+        for number, task in enumerate(task_records(kernel)):
+            if int(task[T_STATE]) != TS_KILLED or int(task[T_KILL_REASON]) != KILL_SWAP_FULL:
+                continue
+            space = v, int(task[T_CR3])
+            found.setdefault(space, []).append(number)
+            said[space] = f"({vm.task[int(task[T_GROUP])].workload}, {int(task[T_KILL_PAGES])} guest pages)"
+    return [
+        f"host memory and swap were full: VM {v} had to kill {'tasks' if len(numbers) > 1 else 'task'}"
+        f" {', '.join(map(str, numbers))} {said[v, root]} (raise swapd.size_mib or host.allowance_mib)"
+        for (v, root), numbers in found.items()
+    ]
 
 
 def pace_of(topology: Topology, vcpus: U64) -> dict[str, Any]:

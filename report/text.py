@@ -37,6 +37,14 @@ def render(summary: Mapping[str, Any]) -> str:
         rows.append(("replicas", _replicas(summary["replicas"])))
     if summary["outage"] and summary["outage"]["count"]:
         rows += [("outages", line) for line in _outage(summary["outage"])]
+    totals = summary["totals"]
+    if totals["oom_notices"]:
+        rows.append(
+            (
+                "memory",
+                f"short {totals['oom_notices']} times: {totals['oom_kills']} kills, {totals['pages_released']:,} pages given back",
+            )
+        )
     rows += [("" if i else "injected", line) for i, line in enumerate(injected.lines(summary["injected"]))]
     if summary["save_restore"]:
         rows.append(("moves", _moves(summary["save_restore"])))

@@ -34,6 +34,9 @@ CALM_US: Final = (2_000, 10_000, 40_000)
 HEDGE_US: Final = (0, 20, 100, 500)
 OP_NS: Final = 100
 SPARE_SLOTS: Final = 32
+SMALL_SWAP: Final = 1 / 8
+"""So many seeds get a swap that is too small for what their guests touch, or nearly."""
+SLOTS_LEAST: Final = 4
 TABLES: Final = 4
 """Page tables of one task, at least."""
 FRAMES_BASE: Final = 32
@@ -52,7 +55,12 @@ def draw(seed: int, profile: str | None = None, faults: Sequence[str] = FAULTS) 
     frames = FRAMES_BASE + 4 * sum(vm.vcpus for vm in vms) + int(working * rng.choice((0.0, 0.05, 0.1, 0.3)))
     pages = sum(vm.memory_pages for vm in vms)
     count = rng.choice((1, 1, 1, 2))
-    daemons = tuple(_daemon(rng, -(-pages // count) + SPARE_SLOTS) for _ in range(count))
+    # Drawn apart, so that a seed's other choices do not depend on it.
+    small = random.Random(f"swap {seed}")
+    swapped = pages + count * SPARE_SLOTS
+    if small.random() < SMALL_SWAP:
+        swapped = max(count * SLOTS_LEAST, int(working * small.choice((0.0, 0.2, 0.4, 0.6))))
+    daemons = tuple(_daemon(rng, -(-swapped // count)) for _ in range(count))
     plan = SimPlan(
         seed=seed,
         profile=name,
@@ -80,8 +88,10 @@ def _with_replicas(plan: SimPlan, rng: random.Random, may_go: bool) -> SimPlan:
     if rng.random() >= 1 / 3:
         return plan
     count = rng.choice((2, 2, 3))
-    # Enough for all pages when one of them is gone.
+    # Enough for all pages when one of them is gone, unless it was not enough before.
     slots = 2 * sum(vm.memory_pages for vm in plan.vms) // (count - 1) + SPARE_SLOTS
+    if plan.small_swap:
+        slots = -(-2 * sum(daemon.slots for daemon in plan.daemons) // count)
     daemons = tuple(_daemon(rng, slots) for _ in range(count))
     faults = tuple(
         fault if fault.kind == "restart" else replace(fault, daemon=rng.randrange(count))

@@ -24,6 +24,7 @@ from guest.events import GuestPanicError
 from host import events as ev
 from host.machine_reset import from_command
 from host.memory import HostMemory, VmMemory
+from host.setup import AREAS_PER_PAGE, least_frames
 from host.slots import Memslot
 from host.vm import Limits
 from proto.events import Kind
@@ -113,7 +114,7 @@ class Emulator:
         self.sets += 1
         memory, slots = self._memory()
         self.host = HostSide(
-            memory, slots, Limits(plan.low, plan.high, plan.populate, plan.zero_pages), [d.slots for d in plan.daemons], plan.cpus,
+            memory, slots, self._limits(), [d.slots for d in plan.daemons], plan.cpus,
             PROFILES[plan.profile], plan.mode != "sync", HostSink(self.log, PROC_HOST), self._outside(), lambda: self.agenda.now_ns,
             plan.replicas, plan.hedge_us * US,
         )  # fmt: skip
@@ -139,6 +140,12 @@ class Emulator:
         self._parked: list[list[int]] = [[] for _ in plan.cpus]
         for cpu, machine in enumerate(self.host.vcpus):
             machine.park_with(partial(self._parks, cpu))
+
+    def _limits(self) -> Limits:
+        plan = self.plan
+        areas = sum(-(-vm.vcpus // AREAS_PER_PAGE) for vm in plan.vms)
+        least = least_frames(len(plan.cpus), plan.frames)
+        return Limits(plan.low, plan.high, plan.populate, plan.zero_pages, areas, least)
 
     def _of_this_set(self, action: Callable[..., None]) -> Callable[..., None]:
         """``action``, unless the set was exchanged by then."""

@@ -40,6 +40,10 @@ from proto.layout import (
     K_TASKS,
     MODE_IN_GUEST,
     MODE_OUTSIDE,
+    T_KILL_REASON,
+    T_STATE,
+    TASK_WORDS,
+    TS_KILLED,
     VC_INTEGRITY_ERRORS,
     VC_READS_CHECKED,
     VMC_FLUSH_GEN,
@@ -51,6 +55,7 @@ from proto.layout import (
     VP_X_GPA,
     VP_X_OPS,
     kernel_words,
+    task_base,
 )
 from proto.profile import PROFILES
 from proto.run import PROC_VCPU
@@ -96,7 +101,7 @@ class GuestVm:
         self.plan = plan
         self._seed = seed
         self._specs = task_specs(plan)
-        self.kernel: U64 = np.zeros(kernel_words(len(self._specs), plan.vcpus), np.uint64)
+        self.kernel: U64 = np.zeros(kernel_words(len(self._specs), plan.vcpus, plan.memory_pages), np.uint64)
         self.shadow = np.zeros(max(1, shadow_words(self._specs)), np.uint32)
         self.load()
 
@@ -104,6 +109,12 @@ class GuestVm:
         """The kernel's memory and the shadow as they are at power-on."""
         init_kernel(self.kernel, self._specs, self.plan.vcpus, self.plan.memory_pages, self._seed)
         self.shadow[:] = 0
+
+    def killed_by(self, reason: int) -> int:
+        """How many tasks were killed for one reason (KILL_*)."""
+        base = task_base(self.tasks, self.plan.vcpus)
+        records = self.kernel[base : base + self.tasks * TASK_WORDS].reshape(self.tasks, TASK_WORDS)
+        return int(((records[:, T_STATE] == TS_KILLED) & (records[:, T_KILL_REASON] == reason)).sum())
 
     @property
     def tasks(self) -> int:

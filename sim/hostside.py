@@ -15,6 +15,7 @@ from typing import Any, Final
 from host import events as ev
 from host.machine_reset import MachineReset
 from host.memory import HostMemory
+from host.notices import notices
 from host.observe import Observer
 from host.slots import Memslot
 from host.swap import SwapMachine
@@ -83,13 +84,18 @@ class HostSide:
         self._effects: dict[type[Any], Handler] = {
             ev.GetPage: to_vm, ev.Translate: to_vm, ev.Fetch: to_vm, ev.CancelFetch: to_vm, ev.GuestRead32: to_vm,
             ev.GuestWrite32: to_vm, ev.SwapInDone: to_vm, ev.SwapOutDone: to_vm, ev.LendFrame: to_vm, ev.FrameBack: to_vm,
-            ev.SlotsLost: to_vm,
+            ev.SlotsLost: to_vm, ev.ReadCancelled: to_vm,
             ev.SwapIn: to_swap, ev.SwapInBad: to_swap, ev.SwapOut: to_swap, ev.SlotFree: to_swap, ev.FrameLent: to_swap,
-            ev.Answer: to_vcpu, ev.Fetched: to_vcpu,
+            ev.CancelRead: to_swap, ev.Answer: to_vcpu, ev.Fetched: to_vcpu, ev.MemoryShort: self._memory_short,
+            **dict.fromkeys((ev.CancelPage, ev.ReleasePages, ev.MemoryGiven, ev.NoticeLost), to_vm),
             ev.ResetMachine: lambda e: to_vcpus(self.resets.begin(e.vm, e.cpu)),
             ev.WasReset: lambda e: to_vcpus(self.resets.was_reset(e.cpu)), ev.MemslotsSet: lambda _: None,
             **outside,
         }  # fmt: skip
+
+    def _memory_short(self, effect: ev.MemoryShort) -> None:
+        for event in notices(effect, self.vcpus):
+            self.later(self.vm if type(event) is ev.NoticeLost else self.vcpus[event.cpu], event)
 
     def feed(self, machine: Machine, event: Any) -> None:
         """Give an event to a machine, then let all talk until nobody has anything to say."""

@@ -137,6 +137,12 @@ class SimPlan:
         return tuple((v, cpu) for v, vm in enumerate(self.vms) for cpu in range(vm.vcpus))
 
     @property
+    def small_swap(self) -> bool:
+        """Whether memory and swap together may be too small for all that the guests can touch."""
+        pages = self.replicas * sum(vm.memory_pages for vm in self.vms)
+        return sum(daemon.slots for daemon in self.daemons) < pages
+
+    @property
     def ops(self) -> int:
         """Operations of all tasks."""
         return sum(task.ops for vm in self.vms for task in vm.tasks)
@@ -226,14 +232,6 @@ def _check_daemons(top: Reader, plan: SimPlan) -> None:
         top.refuse("replicas", "too few daemons", plan.replicas, f"at most {len(plan.daemons)}")
     if plan.replicas == 1 and any(fault.kind == "gone" for fault in plan.faults):
         top.refuse("fault", "pages of a daemon that is gone need another copy", "gone", "replicas = 2")
-    pages = plan.replicas * sum(vm.memory_pages for vm in plan.vms)
-    if sum(daemon.slots for daemon in plan.daemons) < pages:
-        top.refuse(
-            "daemon",
-            "too few slots",
-            sum(d.slots for d in plan.daemons),
-            f"at least {pages}, the guests' pages",
-        )
 
 
 def _vm(table: Reader) -> VmPlan:

@@ -16,7 +16,7 @@ TASK_WORDS: Final = 2
 FIRST_TASK: Final = K_BUCKETS
 """Where the sleeper hash of a real guest lies; a scenario's guest has none."""
 TASKS_MAX: Final = BUCKETS * BUCKET_WORDS // TASK_WORDS
-SHARED_WORDS: Final = kernel_words(1, 1)
+SHARED_WORDS: Final = kernel_words(1, 1, 0)
 ASLEEP: Final = 1 << 32
 POSITION: Final = ASLEEP - 1
 

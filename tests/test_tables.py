@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -18,7 +19,7 @@ from proto.transitions import Transitions
 from proto.wire import ExitReason
 from tests.arrows import Seen, of_table, watched
 from tests.guest import test_apf, test_machine, test_registers
-from tests.host import test_replicas, test_state, test_swap, test_vcpu, test_vm
+from tests.host import test_giveback, test_replicas, test_shortage, test_state, test_swap, test_vcpu, test_vm
 from tests.host.harness import Bench
 from tests.host.test_vcpu import GFN, swapped
 
@@ -127,7 +128,11 @@ SHOWN_BY: Final[tuple[Callable[[], None], ...]] = (
     test_vm.test_untouched_zero_page_is_dropped_and_zero_page_is_not_written,
     test_vm.test_fault_during_grace_takes_the_page_back_without_io,
     test_vm.test_unreadable_page_becomes_a_machine_check_and_frees_its_frame,
-    test_vm.test_full_swap_with_faults_waiting_is_said_and_not_a_hang,
+    test_shortage.test_a_guest_with_nothing_to_give_ends_the_run,
+    *(
+        functools.partial(test_giveback.test_a_page_given_back_reads_as_zeros, state)
+        for state in test_giveback.WAYS
+    ),
     test_vm.test_store_during_write_back_cancels_the_slot_until_the_reply,
     test_vm.test_zero_fill_is_synchronous_and_populates_a_block,
     test_state.test_a_running_vcpu_is_kicked_and_stops_at_its_exit,

@@ -92,7 +92,7 @@ class Segments:
     """What the CPUs of one guest share."""
 
     def __init__(self, tasks: int, vcpus: int, cpu_of: Callable[[int], int] = lambda _: 0) -> None:
-        self.kern = np.zeros(L.kernel_words(tasks, vcpus), np.uint64)
+        self.kern = np.zeros(L.kernel_words(tasks, vcpus, 256), np.uint64)
         specs = [TaskSpec(L.P_BM_WORK, cpu=cpu_of(t)) for t in range(tasks)]
         init_kernel(self.kern, specs, vcpus, 256, 1)
         self.control = np.zeros(512, np.uint64)

@@ -47,7 +47,7 @@ class Guest:
         self.memory_pages = memory_pages
         self.frames = shared(frames * 512)
         self.npt = shared(L.npt_tables(memory_pages) * 512)
-        self.kern = shared(L.kernel_words(len(specs), vcpus))
+        self.kern = shared(L.kernel_words(len(specs), vcpus, memory_pages))
         self.control = shared(512)
         self.vmc = shared(512)
         self.vps = [shared(512) for _ in range(vcpus)]

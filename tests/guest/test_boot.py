@@ -50,7 +50,7 @@ def test_plan_spreads_tasks_and_lists_traces_once() -> None:
     ],
 )
 def test_bad_specs_are_refused(spec: TaskSpec, message: str) -> None:
-    kern = shared(L.kernel_words(1, 1))
+    kern = shared(L.kernel_words(1, 1, 100))
     with pytest.raises(ValueError, match=message):
         boot.init_kernel(kern, [spec], 1, 100, 1)
     with pytest.raises(ValueError, match="kernel segment"):

@@ -28,7 +28,7 @@ class Table:
     """One guest's table and a view of it per CPU."""
 
     def __init__(self, cpus: int = 2) -> None:
-        self.kern = np.zeros(L.kernel_words(TASKS, cpus), np.uint64)
+        self.kern = np.zeros(L.kernel_words(TASKS, cpus, 0), np.uint64)
         self.port = ArrayPort(self.kern)
         self.logs = [Log() for _ in range(cpus)]
         self.relaxed = 0

@@ -95,7 +95,7 @@ class WholeMachine:
         self.tasks = tuple(tasks)
         self.vcpus = vcpus
         self.pages = pages
-        self.kern = np.zeros(L.kernel_words(len(tasks), vcpus), np.uint64)
+        self.kern = np.zeros(L.kernel_words(len(tasks), vcpus, pages), np.uint64)
         self.control = np.zeros(512, np.uint64)
         self.shadow = np.zeros(max(1, shadow_words(self.tasks)), np.uint32)
         self._load()

@@ -15,6 +15,7 @@ from host import events as ev
 from host.copies import SLOTS_PER_DAEMON
 from host.machine_reset import MachineReset, from_command
 from host.memory import HostMemory, VmMemory
+from host.notices import notices
 from host.slots import Memslot, Region
 from host.swap import SwapMachine
 from host.vcpu import VcpuMachine
@@ -78,6 +79,8 @@ class Bench:
         high: int = 24,
         populate: int = 1,
         zero_pages: bool = True,
+        reserve: int = 0,
+        least: int = 1,
         vcpu_ids: tuple[int, ...] = (),
         daemons: int = 1,
         replicas: int = 1,
@@ -90,7 +93,7 @@ class Bench:
         self.memory = HostMemory(
             np.zeros(frames * WORDS, np.uint64), self.vcpu_pages, [VmMemory(npt, self.vmc, 0, vcpus)]
         )
-        limits = Limits(low, high, populate, zero_pages)
+        limits = Limits(low, high, populate, zero_pages, reserve, least)
         self.vm = VmMachine(
             self.memory, [Memslot(0, 0, pages, 0)], limits, self.obs, [Region(0, 0, pages + spare)]
         )
@@ -112,6 +115,7 @@ class Bench:
         """By daemon * SLOTS_PER_DAEMON + block."""
         self.seq = 0
         self.out_of_memory = 0
+        self.notices: list[ev.MemoryShort] = []
         self.image: dict[int, tuple[Content, bytes]] = {}
         """Pages saved so far (tests/host/moving.py)."""
         self.told: list[Any] = []
@@ -149,16 +153,26 @@ class Bench:
             self._change(effect)
         elif kind in (ev.Answer, ev.Fetched):
             self.routed.append((self.vcpus[effect.cpu], effect))
-        elif kind in (ev.SwapIn, ev.SwapInBad, ev.SwapOut, ev.SlotFree, ev.FrameLent):
+        elif kind in (ev.SwapIn, ev.SwapInBad, ev.SwapOut, ev.SlotFree, ev.FrameLent, ev.CancelRead):
             self.routed.append((self.swap, effect))
         elif kind is ev.SendIpi:
             self.routed.append((self.vcpus[effect.target], from_command(effect.target, effect.vector)))
-        elif kind is ev.OutOfMemory:
-            self.out_of_memory += 1
+        elif kind in (ev.OutOfMemory, ev.MemoryShort):
+            self._short(effect)
         elif kind in (ev.Paused, ev.Restored, ev.PageSaved, ev.PageLoaded, ev.PagesLost):
             self.told.append(effect)
         elif kind not in (ev.PoweredDown, ev.AtBarrier):
             self.routed.append((self.vm, effect))
+
+    def _short(self, effect: Any) -> None:
+        """Memory is short, or there is none."""
+        if type(effect) is ev.OutOfMemory:
+            self.out_of_memory += 1
+            return
+        self.notices.append(effect)
+        for event in notices(effect, self.vcpus):
+            lost = type(event) is ev.NoticeLost
+            self.routed.append((self.vm if lost else self.vcpus[event.cpu], event))
 
     def _change(self, effect: Any) -> None:
         """Resets, and memslots that are in force."""

@@ -328,21 +328,3 @@ def test_frame_named_by_a_cancelled_write_is_not_reused_before_its_reply() -> No
     frames_are_accounted_for(bench)
     bench.complete(first)
     assert first.frame in bench.vm.free[: bench.vm.free_count].tolist()
-
-
-def test_full_swap_with_faults_waiting_is_said_and_not_a_hang() -> None:
-    bench = Bench(frames=24, slots=4, low=4, high=10, host_async=False)
-    bench.boot(enable=False)
-    gfn = 30
-    while not bench.out_of_memory and gfn < 90:
-        if bench.touch(gfn) is None:
-            bench.settle()
-        if 0 in bench.entries:
-            bench.memory.frames[int(bench.vm.frame_of[gfn]) * WORDS] = gfn
-            bench.vm.flags[gfn] |= F_DIRTY
-            gfn += 1
-        bench.settle()
-    assert bench.out_of_memory
-    assert bench.vm.swap_full
-    assert gfn >= 24 - 4, "the frames were used before giving up"
-    frames_are_accounted_for(bench)

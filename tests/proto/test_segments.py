@@ -251,8 +251,8 @@ def test_plan_names_every_segment_with_whole_pages() -> None:
     for name, words in (
         ("pcpu", pcpu_words(5)),
         ("stats", stats_words(5, 2)),
-        ("kernel-0", kernel_words(4, 2)),
-        ("kernel-1", kernel_words(6, 3)),
+        ("kernel-0", kernel_words(4, 2, 48 * 256)),
+        ("kernel-1", kernel_words(6, 3, 16 * 256)),
     ):
         assert words * 8 <= sizes[name] < words * 8 + 4096
     assert (sizes["shadow-0"], sizes["shadow-1"]) == (4096, 5 * 4096)

@@ -100,7 +100,7 @@ def _snapshot(topology: Topology, at_ns: int = 0) -> Snapshot:
 
 
 def _kernel(tasks: list[dict[int, int]], vcpus: int = 2) -> U64:
-    kernel = np.zeros(kernel_words(len(tasks), vcpus), np.uint64)
+    kernel = np.zeros(kernel_words(len(tasks), vcpus, 0), np.uint64)
     kernel[K_TASKS], kernel[K_VCPUS] = len(tasks), vcpus
     for i, task in enumerate(tasks):
         for word, value in task.items():
@@ -378,7 +378,7 @@ def test_tasks_are_counted_by_their_end() -> None:
         "done": 2,
         "killed": 1,
         "unfinished": 1,
-        "kill_reasons": {"segv": 0, "oom": 1, "machine_check": 0},
+        "kill_reasons": {"segv": 0, "oom": 1, "machine_check": 0, "swap_full": 0},
     }
 
 

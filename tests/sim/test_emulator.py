@@ -30,6 +30,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CLEAN = range(2_000)
 HUNT = range(120)
 Patch = Callable[[pytest.MonkeyPatch], None]
+OOM_SEEDS = 30
+"""So many have to kill a task for memory."""
 KINDS_PASSED = 20
 """Of 2000 seeds at least so many must have passed with every kind of fault."""
 
@@ -47,8 +49,10 @@ def test_two_thousand_seeds_hold() -> None:
         seen[outcome.plan.schedule] += 1
         seen["lifecycles"] += outcome.lifecycles
         seen["checked"] += outcome.reads_checked
+        seen["oom"] += bool(outcome.oom_kills)
     assert set(seen) >= {*PROFILES, "sync", "halt", "exception", "interrupt", "delays", "priorities"}
     assert min(seen["lifecycles"], seen["checked"]) > len(CLEAN)
+    assert seen["oom"] >= OOM_SEEDS
     assert {kind: passed[kind] >= KINDS_PASSED for kind in FAULTS} == dict.fromkeys(FAULTS, True), passed
 
 

@@ -255,7 +255,7 @@ def area_without_memory() -> list[str]:
 def bad_read_is_forgotten(self: VmMachine, hvp: int) -> None:
     """The worker ignores the error and says that it has fetched; the page is still on swap."""
     self.state[hvp] = HPT_SLOT
-    self._give_frame(int(self.frame_of[hvp]))
+    self.give_frame(int(self.frame_of[hvp]))
     self.frame_of[hvp] = -1
     for waiter in self._waiters.pop(hvp, ()):
         self.emit(ev.Fetched(waiter.cpu, waiter.work))
@@ -308,7 +308,7 @@ def frees_the_landing_frame(original: Any) -> Any:
         original(self, event)
         if self.state[event.hvp] == HPT_READING:
             self.state[event.hvp] = HPT_SLOT
-            self._give_frame(int(self.frame_of[event.hvp]))
+            self.give_frame(int(self.frame_of[event.hvp]))
             self.frame_of[event.hvp] = -1
 
     return cancel

@@ -28,7 +28,7 @@ class Table:
 
     def __init__(self) -> None:
         self.relaxed = 0
-        self.port = ArrayPort(np.zeros(L.kernel_words(TASKS, 2), np.uint64))
+        self.port = ArrayPort(np.zeros(L.kernel_words(TASKS, 2, 0), np.uint64))
         page, stats = np.zeros(512, np.uint64), StatsBlock(np.zeros(BLOCK_WORDS, np.uint64))
         self.cpu = [
             Sleepers(self.port, TASKS, 2, c, Accounting(page, stats, Log(), 0, c), self._relax)
