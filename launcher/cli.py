@@ -490,14 +490,7 @@ def _add_swapd(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="NAME", help="add a modelled service time, as in model of [[swapd]]"
     )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="changes",
-        help="any other key of [[swapd]], as in engine=pread; may be repeated",
-    )
+    options.add_changes(parser, "any other key of [[swapd]], as in engine=pread")
     parser.add_argument(
         "--seed",
         type=options.seed_number,

@@ -117,18 +117,23 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--profile", choices=PROFILES, help="the rule set of KVM and guest (default: by mode)"
     )
+    add_changes(parser, "change a key of the topology, as in vm.vcpus=8")
+    parser.add_argument("--seconds", type=positive_seconds, metavar="S", help="how long the workload runs")
+    parser.add_argument("--seed", type=seed_number, metavar="N", help="seed of every random choice")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the run directory (default: a new one)")
+    add_json(parser)
+
+
+def add_changes(parser: argparse.ArgumentParser, what: str) -> None:
+    """`--set KEY=VALUE`; what: what it does, for the help."""
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
         dest="changes",
-        help="change a key of the topology, as in vm.vcpus=8; may be repeated",
+        help=f"{what}; may be repeated",
     )
-    parser.add_argument("--seconds", type=positive_seconds, metavar="S", help="how long the workload runs")
-    parser.add_argument("--seed", type=seed_number, metavar="N", help="seed of every random choice")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="the run directory (default: a new one)")
-    add_json(parser)
 
 
 def add_log_inputs(parser: argparse.ArgumentParser) -> None:

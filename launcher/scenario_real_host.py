@@ -39,7 +39,6 @@ from sim.slots import Layouts
 from sim.world import WITNESS, fail_first
 
 NOBODY: Final = -1
-FIRST: Final = frozenset({wire.ExitReason.NESTED, wire.ExitReason.DONE})
 LIMIT_NS: Final = 5_000_000_000
 """Beyond the longest that the times in a scenario can add up to: what the processes themselves need, many times over."""
 
@@ -76,12 +75,15 @@ def longest_ns(scenario: Scenario) -> int:
     return services + sum(step.wait_ns for step in scenario.script)
 
 
-def _begin_together(scenario: Scenario) -> set[int]:
-    """The vCPUs whose first faults come at the same time, as they do in virtual time. On a busy machine processes begin apart by more
-    than a page takes; a script says itself what comes when.
+def _begin_together(scenario: Scenario) -> tuple[set[int], frozenset[wire.ExitReason]]:
+    """(vCPUs, exits): which vCPUs begin at the same time, as in virtual time, and with what. On a busy machine processes begin apart by
+    more than a page takes.
+
+    Without a script it is the first fault, or the end without one; a script says what comes when, counted from the boot.
     """
-    cpus = {task.vcpu for task in scenario.tasks}
-    return cpus if len(cpus) > 1 and not scenario.script else set()
+    if scenario.script:
+        return set(range(len(scenario.vcpu_ids))), frozenset({wire.ExitReason.BOOT})
+    return {task.vcpu for task in scenario.tasks}, frozenset({wire.ExitReason.NESTED, wire.ExitReason.DONE})
 
 
 class ScenarioHost(HostShell):
@@ -98,9 +100,8 @@ class ScenarioHost(HostShell):
         """(vCPU, sequence number of its exit, gfn) of script steps under way."""
         self._changing: list[tuple[bytes, int]] = []
         """(vCPU, sequence number of its exit) of steps that wait for their layout."""
-        self._not_begun = _begin_together(self.scenario)
-        """vCPUs whose first fault has yet to come."""
-        self._first_faults: list[tuple[tuple[str, int, int], bytes, wire.Exit]] = []
+        self._not_begun, self._first = _begin_together(self.scenario)
+        self._first_exits: list[tuple[tuple[str, int, int], bytes, wire.Exit]] = []
         """Held until all are there."""
         self._limit_ns = 0
         self._effects[ev.MemslotsSet] = self._slots_changed
@@ -175,13 +176,13 @@ class ScenarioHost(HostShell):
             super()._hello(peer, identity, message, ())
 
     def _gather(self, peer: tuple[str, int, int], identity: bytes, message: wire.Exit) -> None:
-        """Take a vCPU's first fault; with the last one all are handled. One that is done without a fault is not waited for."""
+        """Take the exit that a vCPU begins with; with the last one all are handled."""
         self._not_begun.discard(peer[1])
-        self._first_faults.append((peer, identity, message))
+        self._first_exits.append((peer, identity, message))
         if not self._not_begun:
-            for held in self._first_faults:
+            for held in self._first_exits:
                 super()._exit(*held, ())
-            self._first_faults.clear()
+            self._first_exits.clear()
 
     def _kick(self, effect: ev.KickVcpu) -> None:
         self.obs.trace(Kind.KICK, vcpu=self.scenario.vcpu_ids[effect.cpu], a=effect.request)
@@ -200,7 +201,7 @@ class ScenarioHost(HostShell):
             self._feed(self.vm, self.layouts.change(self.vm.slots, part.unpack_change(message.arg1)))
         elif call == part.HC_END:
             self._finish("the script ended the run")
-        elif peer[0] == "V" and peer[1] in self._not_begun and message.reason in FIRST:
+        elif peer[0] == "V" and peer[1] in self._not_begun and message.reason in self._first:
             self._gather(peer, identity, message)
         else:
             super()._exit(peer, identity, message, extra)

@@ -24,19 +24,37 @@ ROOT = Path(__file__).resolve().parent.parent
 SHM = Path("/dev/shm")
 PREFIX = "apf-"
 EXIT_GRACE_S = 2.0
+RUNNERS_END_S = 60.0
 
 # Before any test module imports numba, which reads the variable only once.
 kernel_cache.prepare(ROOT, installed=False)
 
 
-def pytest_sessionstart() -> None:
+def pytest_sessionstart(session: pytest.Session) -> None:
     """SIGTERM and SIGHUP as Ctrl-C, so that fixtures are taken down and no folder or process stays; not in what tests fork.
 
-    Also in the process that only hands out tests: those that run them are interrupted when it ends.
+    With pytest-xdist one process hands out the tests, and those that run them are told by it.
     """
+    hands_out = session.config.pluginmanager.has_plugin("dsession")
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
+        signal.signal(number, _pass_on if hands_out else _interrupt)
         os.register_at_fork(after_in_child=partial(signal.signal, number, signal.SIG_DFL))
+
+
+def _interrupt(_number: int, _frame: object) -> None:
+    # Whoever ends a group of processes tells those that run tests twice.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _pass_on(number: int, frame: object) -> None:
+    runners = processes.children()
+    for pid in runners:
+        os.kill(pid, signal.SIGTERM)
+    # pytest-xdist would kill them after ten seconds.
+    processes.wait_gone(runners, RUNNERS_END_S)
+    _interrupt(number, frame)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.runs import TIMEOUT_S, Runner
+from launcher import commands
+from tests.e2e.runs import TIMEOUT_S, Caller, Runner
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -23,3 +24,11 @@ def runner(tmp_path: Path) -> Iterator[Runner]:
     made = Runner(tmp_path)
     yield made
     made.stop_all()
+
+
+@pytest.fixture
+def caller(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Caller:
+    """Calls commands in this process."""
+    # The title is for a process that is all the launcher's.
+    monkeypatch.setattr(commands, "_title", lambda: None)
+    return Caller(tmp_path, capsys)

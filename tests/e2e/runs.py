@@ -17,6 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import pytest
+
+from launcher import cli
 from proto.trace import Events, Kind, read_run
 from tests import processes
 
@@ -230,6 +233,30 @@ class Runner:
         """No process of this test stays."""
         for launched in self._started:
             launched.stop()
+
+
+class Caller:
+    """Calls commands that start nothing, in this process. folder: for files."""
+
+    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.folder = folder
+        self._capsys = capsys
+
+    def command(self, *words: str) -> Ended:
+        """Call a command."""
+        code = cli.main(words)
+        shown = self._capsys.readouterr()
+        return Ended(code, shown.out, shown.err)
+
+    def run(self, path: Path, out: Path, *words: str) -> Ended:
+        """Call `run` with a run directory."""
+        return self.command("run", str(path), *words, "--out", str(out))
+
+    def file(self, text: str) -> Path:
+        """A topology file."""
+        path = self.folder / "small.toml"
+        path.write_text(text)
+        return path
 
 
 def of_kind(events: Events, kind: Kind) -> Events:

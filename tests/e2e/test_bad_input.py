@@ -9,38 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher import cli, commands, options
-from tests.e2e.runs import BM, MIXED, Ended, Runner
+from launcher import options
+from tests.e2e.runs import BM, MIXED, Caller, Ended, Runner
 
 REPLAY = '[[vm]]\nmemory_mib = 32\n[[vm.task]]\nworkload = "replay"\ntrace = "some.apft"\n[host]\nallowance_mib = 8\n'
-
-
-class Caller:
-    """Calls commands in this process. folder: for files."""
-
-    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        self.folder = folder
-        self._capsys = capsys
-
-    def command(self, *words: str) -> Ended:
-        code = cli.main(words)
-        shown = self._capsys.readouterr()
-        return Ended(code, shown.out, shown.err)
-
-    def run(self, path: Path, out: Path, *words: str) -> Ended:
-        return self.command("run", str(path), *words, "--out", str(out))
-
-    def file(self, text: str) -> Path:
-        path = self.folder / "small.toml"
-        path.write_text(text)
-        return path
-
-
-@pytest.fixture
-def caller(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Caller:
-    # The title is for a process that is all the launcher's.
-    monkeypatch.setattr(commands, "_title", lambda: None)
-    return Caller(tmp_path, capsys)
 
 
 def _refused(ended: Ended, *parts: str) -> None:

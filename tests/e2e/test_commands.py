@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from launcher.cli import COMMANDS
-from tests.e2e.runs import BM, ROOT, Runner
+from tests.e2e.runs import BM, ROOT, Caller, Runner
 
 
 def test_help_names_every_command(runner: Runner) -> None:
@@ -17,17 +17,17 @@ def test_help_names_every_command(runner: Runner) -> None:
         assert command.help.split()[0] in ended.stdout
 
 
-def test_the_ready_made_topologies_have_a_line_each(runner: Runner) -> None:
-    ended = runner.command("topologies")
+def test_the_ready_made_topologies_have_a_line_each(caller: Caller) -> None:
+    ended = caller.command("topologies")
     assert ended.code == 0
     lines = dict(line.split(maxsplit=1) for line in ended.stdout.splitlines())
     assert {"quickstart", "seed-benchmark", "replay", "many-vcpus", "two-swapds", "replicas"} <= set(lines)
     assert set(lines) == {path.stem for path in (ROOT / "topologies").glob("*.toml")}
 
 
-def test_figures_of_a_shipped_trace(runner: Runner) -> None:
+def test_figures_of_a_shipped_trace(caller: Caller) -> None:
     path = str(ROOT / "traces" / "sort.apft")
-    shown, figures = runner.command("trace", path), runner.command("trace", path, "--json")
+    shown, figures = caller.command("trace", path), caller.command("trace", path, "--json")
     assert (shown.code, figures.code) == (0, 0)
     values = json.loads(figures.stdout)
     assert values["accesses"] == values["reads"] + values["writes"] >= 1_000_000

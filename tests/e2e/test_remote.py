@@ -51,6 +51,13 @@ class Far:
             time.sleep(POLL_S)
         return self.command
 
+    def long_run(self, more: str = "") -> Launched:
+        """A run with this daemon, once it is under way. more: further keys of its table."""
+        path = self.runner.file(LONG + self.connect + more)
+        run = self.runner.start("run", str(path), "--json", out=self.runner.folder / "out")
+        run.wait_for(": running")
+        return run
+
     @property
     def worker(self) -> int:
         """The process that serves."""
@@ -102,8 +109,7 @@ def test_two_runs_one_after_the_other(runner: Runner, keys: str) -> None:
 
 def test_killed_again_and_again(runner: Runner) -> None:
     far = Far(runner)
-    run = runner.start("run", str(runner.file(LONG + far.connect)), "--json", out=runner.folder / "out")
-    run.wait_for(": running")
+    run = far.long_run()
     pid = far.worker
     os.kill(pid, signal.SIGSTOP)
     time.sleep(1.0)
@@ -126,8 +132,7 @@ def test_killed_again_and_again(runner: Runner) -> None:
 
 def test_a_stopped_process_and_a_killed_supervisor_are_replaced(runner: Runner) -> None:
     far = Far(runner)
-    run = runner.start("run", str(runner.file(LONG + far.connect)), "--json", out=runner.folder / "out")
-    run.wait_for(": running")
+    run = far.long_run()
     worker = far.worker
     os.kill(worker, signal.SIGSTOP)
     assert processes.wait_gone([worker], END_BOUND_S) == set()
@@ -143,8 +148,7 @@ def test_a_stopped_process_and_a_killed_supervisor_are_replaced(runner: Runner) 
 
 def test_a_file_that_was_lost_ends_the_run(runner: Runner) -> None:
     far = Far(runner)
-    run = runner.start("run", str(runner.file(LONG + far.connect)), "--json", out=runner.folder / "out")
-    run.wait_for(": running")
+    run = far.long_run()
     worker = far.worker
     far.command.process.kill()
     processes.wait_gone([worker], END_BOUND_S)
@@ -158,9 +162,7 @@ def test_a_file_that_was_lost_ends_the_run(runner: Runner) -> None:
 
 def test_a_daemon_that_does_not_come_back_ends_the_run(runner: Runner) -> None:
     far = Far(runner)
-    text = LONG + far.connect + "give_up_seconds = 1\n"
-    run = runner.start("run", str(runner.file(text)), "--json", out=runner.folder / "out")
-    run.wait_for(": running")
+    run = far.long_run("give_up_seconds = 1\n")
     far.leave()
     ended = run.end()
     assert ended.code == 1
@@ -169,9 +171,7 @@ def test_a_daemon_that_does_not_come_back_ends_the_run(runner: Runner) -> None:
 
 def test_a_wrong_key_gets_nowhere_and_a_second_host_waits(runner: Runner, keys: str) -> None:
     far = Far(runner, *locked(runner.folder))
-    right = LONG + far.connect + keys
-    first = runner.start("run", str(runner.file(right)), "--json", out=runner.folder / "out")
-    first.wait_for(": running")
+    first = far.long_run(keys)
     wrong = {
         "works for another host": keys,
         "refuses this host's key": keys.replace("host.key", "stranger.key"),

@@ -44,6 +44,7 @@ def test_the_seeds_are_accepted(name: str, tmp_path: Path) -> None:
         checked(harness, seed, tmp_path)
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", HARNESSES)
 def test_hostile_bytes(name: str, tmp_path: Path) -> None:
     harness = HARNESSES[name]

@@ -23,12 +23,14 @@ from tests.small_run import launch, topology
 from tests.zoo.core import Patch, patched
 
 
-def recorded(folder: Path, *words: str) -> Path:
-    """A run that ends by itself, with its input log."""
+def recorded(
+    folder: Path, *words: str, command: str = "run", ops: tuple[int, int] | None = (1000, 600)
+) -> Path:
+    """A run with its input log. ops: of its tasks; None: until the time is over."""
     path = folder / "small.toml"
-    path.write_text(topology(1000, 600))
+    path.write_text(topology(*(ops or (None, None))))
     out = folder / "out"
-    ended = launch("run", str(path), "--log-inputs", "--out", str(out), "--json", *words)
+    ended = launch(command, str(path), "--log-inputs", "--out", str(out), "--json", *words)
     assert ended.returncode == 0, ended.stderr
     assert not [warning for warning in json.loads(ended.stdout)["warnings"] if "input log" in warning]
     return out
@@ -76,13 +78,7 @@ def test_the_other_modes_are_replayed(tmp_path: Path, mode: str, profile: str) -
 
 @pytest.mark.timeout(300)
 def test_a_killed_daemon_is_replayed(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    path = tmp_path / "small.toml"
-    path.write_text(topology(None, None))
-    ended = launch(
-        "chaos", str(path), "--every", "400ms", "--for", "1500ms", "--log-inputs", "--out", str(out)
-    )
-    assert ended.returncode == 0, ended.stderr
+    out = recorded(tmp_path, "--every", "400ms", "--for", "1500ms", command="chaos", ops=None)
     found = same(out)
     log = inputlog.InputLog(inputlog.path_of(out, "host"))
     kinds = {found.rerun.words(call)[0].partition("(")[0] for call in log.calls() if call.machine == 1}
@@ -92,13 +88,7 @@ def test_a_killed_daemon_is_replayed(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(300)
 def test_each_set_of_processes_of_a_restarted_run_is_replayed(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    path = tmp_path / "small.toml"
-    path.write_text(topology(None, None))
-    ended = launch(
-        "run", str(path), "--seconds", "1.5", "--restart-at", "700ms", "--log-inputs", "--out", str(out)
-    )
-    assert ended.returncode == 0, ended.stderr
+    out = recorded(tmp_path, "--seconds", "1.5", "--restart-at", "700ms", ops=None)
     parts = [replay.replay(out, "host", part=part) for part in (1, 2)]
     assert [(part.difference, part.note) for part in parts] == [(None, "")] * 2
     assert all(part.rerun.effects > 500 for part in parts)

@@ -20,6 +20,7 @@ from launcher.scenario import SCENARIOS
 from launcher.scenario_real_host import _begin_together, longest_ns
 from launcher.signals import Signals
 from proto.errors import UserError
+from proto.wire import ExitReason
 from sim.events import Event
 from sim.scenario_file import Scenario, load
 from sim.scenario_run import Outcome
@@ -98,9 +99,12 @@ def test_a_script_ends_the_run_of_all_vcpus(tmp_path: Path) -> None:
     assert outcome.events[-1].t_ns < 4_000_000_000
 
 
-def test_only_vcpus_without_a_script_wait_for_each_other_with_their_first_fault() -> None:
-    together = {name: _begin_together(shipped(name)) for name in ("two_vcpus_v7", "one", "reboot_v7")}
-    assert together == {"two_vcpus_v7": {0, 1}, "one": set(), "reboot_v7": set()}
+def test_vcpus_begin_together_with_a_fault_or_where_there_is_a_script_with_the_boot() -> None:
+    begin = {name: _begin_together(shipped(name)) for name in ("two_vcpus_v7", "one", "reboot_v7")}
+    fault, boot = frozenset({ExitReason.NESTED, ExitReason.DONE}), frozenset({ExitReason.BOOT})
+    assert begin == {
+        "two_vcpus_v7": ({0, 1}, fault), "one": ({0}, fault), "reboot_v7": ({0, 1}, boot),
+    }  # fmt: skip
 
 
 def test_pages_go_to_swap_in_order_and_the_area_last() -> None:
