@@ -286,9 +286,10 @@ class Lifecycle:
         if role == "zygote":
             self.ordered(role, number, why)
             return [KillZygote()]
-        epoch = self._daemons[number].epoch if role == "swapd" else 0
-        child = Child(role, number, epoch)
-        if (pid := self._pids.get(child)) is None:
+        daemon = self._daemons[number] if role == "swapd" else None
+        child = Child(role, number, daemon.epoch if daemon is not None else 0)
+        # One that was killed and is not reaped yet is as good as gone.
+        if (pid := self._pids.get(child)) is None or (daemon is not None and daemon.ordered):
             return []
         if what != signal.SIGKILL:
             return [Signal(child, pid, what)]

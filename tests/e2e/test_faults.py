@@ -80,7 +80,7 @@ def test_many_kinds_at_once_happen_are_on_record_and_cost_nothing(runner: Runner
     assert summary["tasks"]["killed"] == summary["totals"]["machine_checks"] == 0
     assert summary["totals"]["io_retries"] > 0
     assert summary["check"]["violations"] == {}
-    assert summary["chaos"]["kills"] <= summary["restarts"]
+    assert summary["restarts"] >= 3
     events = ended.events()
     by = {PROC_HOST: 0, PROC_LAUNCHER: 0, PROC_SWAPD: 0, PROC_SWAPD + 1: 0}
     for number, row in enumerate(rows):
