@@ -230,7 +230,9 @@ class Lifecycle:
             return []
         if child.role != "swapd":
             # Nobody leaves before being told to, not even with exit code 0.
-            return self._end(f"failed:{self._how(child.name, describe_status(status))}", culprit=child.name)
+            return self._end(
+                f"failed:{child.name} {self.how(child.name, describe_status(status))}", culprit=child.name
+            )
         return self._daemon_died(child, status, now_ns)
 
     def on_zygote_gone(self, how: str) -> list[Effect]:
@@ -238,7 +240,7 @@ class Lifecycle:
         if self.phase is Phase.OVER:
             return []
         self._pids.clear()
-        return self._end(f"failed:{self._how('zygote-0', how)}", culprit="zygote-0")
+        return self._end(f"failed:zygote-0 {self.how('zygote-0', how)}", culprit="zygote-0")
 
     def on_signal(self, now_ns: int) -> list[Effect]:
         """Ctrl-C or SIGTERM: the first ends the run in order, the second at once."""
@@ -302,10 +304,10 @@ class Lifecycle:
             self._daemons[number].ordered = True
         self._ordered[f"{role}-{number}"] = why
 
-    def _how(self, name: str, how: str) -> str:
-        """How a process ended, and for whom."""
+    def how(self, name: str, how: str) -> str:
+        """How a process ended, and that somebody had ordered it."""
         why = self._ordered.get(name)
-        return f"{name} {how} ({why})" if why else f"{name} {how}"
+        return f"{how} ({why})" if why else how
 
     def fail(self, reason: str, culprit: str = "") -> list[Effect]:
         """An effect could not be performed."""
