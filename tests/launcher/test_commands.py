@@ -14,7 +14,7 @@ from launcher.commands import find_topology, rotation, stress_changes, with_stam
 from launcher.execute import RunResult
 from launcher.zygote_link import APP_DIR
 from proto.errors import UserError
-from proto.topology import Topology, load
+from proto.topology import Fault, Topology, load
 from tests.report.test_summary import full_summary
 
 
@@ -74,9 +74,11 @@ class _Runs:
     def __init__(self, **changes: Any) -> None:
         self.changes = changes
         self.asked: list[tuple[str, float, Path | None]] = []
+        self.faults: tuple[Fault, ...] = ()
 
     def __call__(self, topology: Topology, options: Any, *_: Any) -> RunResult:
         self.asked.append((topology.run.mode, topology.run.seconds, options.out))
+        self.faults = topology.fault
         summary = full_summary()
         summary["mode"] = topology.run.mode
         for table, values in self.changes.items():
@@ -122,8 +124,13 @@ def test_chaos_and_stress_must_have_checked_something(monkeypatch: pytest.Monkey
     for reads, code in ((0, 1), (5, 0)):
         runs = _Runs(integrity={"reads_checked": reads})
         monkeypatch.setattr(commands, "execute", runs)
-        assert commands.cmd_chaos(_args(every_ns=10**8, for_ns=3 * 10**9)) == code
+        args = _args(kill=None, every_ns=10**8, for_ns=3 * 10**9, faults=["drop nth=3"], random=0)
+        assert commands.cmd_chaos(args) == code
         assert runs.asked[0][1] == 3.0, "the run lasts as long as the chaos"
+        assert [(fault.do, fault.every_ms, fault.nth) for fault in runs.faults] == [
+            ("kill", 100.0, 0),
+            ("drop", 0.0, 3),
+        ]
         assert commands.cmd_stress(_args(vcpus=2)) == code
 
 
