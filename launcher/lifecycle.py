@@ -310,9 +310,10 @@ class Lifecycle:
         if role == "zygote":
             self.ordered(role, number, why)
             return [KillZygote()]
-        epoch = self._daemons[number].epoch if role == "swapd" else 0
-        child = Child(role, number, epoch)
-        if (pid := self._pids.get(child)) is None:
+        daemon = self._daemons[number] if role == "swapd" else None
+        child = Child(role, number, daemon.epoch if daemon is not None else 0)
+        # One that was killed and is not reaped yet is as good as gone.
+        if (pid := self._pids.get(child)) is None or (daemon is not None and daemon.ordered):
             return []
         if what != signal.SIGKILL:
             return [Signal(child, pid, what)]
@@ -326,7 +327,7 @@ class Lifecycle:
         self._ordered[f"{role}-{number}"] = why
 
     def how(self, name: str, how: str) -> str:
-        """How a process ended, and who wanted it if that is known."""
+        """How a process ended, and that somebody had ordered it."""
         why = self._ordered.get(name)
         return f"{how} ({why})" if why else how
 

@@ -369,6 +369,7 @@ class Supervisor:
 
     def _on_faults(self, chaos: Chaos, now_ns: int) -> None:
         """Kill and stop what the schedule wants now, and let go on what has stood long enough."""
+        self._look_at_faults()
         for order in chaos.due(now_ns):
             effects = self._life.on_fault(order.role, order.number, order.signal, chaos.why(order.spec))
             if effects:

@@ -34,22 +34,22 @@ memory_kib = 3072
 transport = "tcp"
 """
 MIXED = """
-{ do = "kill", on = "swapd-0", at = "read.done", nth = 150 }
-{ do = "kill", on = "swapd-1", at = "swap_out.sent", nth = 300 }
-{ do = "kill", after = 0.2, every_ms = 900 }
-{ do = "stop", on = "vcpu-1", at = "fault.announced", nth = 20, for_ms = 100 }
+{ do = "kill", on = "swapd-0", at = "read.done", nth = 5 }
+{ do = "kill", on = "swapd-1", at = "swap_out.sent", nth = 10 }
+{ do = "kill", after = 0.8, every_ms = 1000 }
+{ do = "stop", on = "vcpu-1", at = "fault.announced", nth = 2, for_ms = 100 }
 { do = "stop", on = "host", after = 0.5, for_ms = 100 }
-{ do = "stop", on = "swapd-1", at = "write.started", nth = 100, for_ms = 50 }
-{ do = "drop", nth = 60, times = 2 }
-{ do = "duplicate", nth = 30, times = 4 }
-{ do = "delay", on = "swapd-0", nth = 50, for_ms = 20 }
-{ do = "disconnect", on = "swapd-1", after = 0.8, for_ms = 50 }
-{ do = "slow", on = "swapd-0", after = 1.0, for_ms = 50, slower_ms = 2.0 }
-{ do = "read_error", nth = 20 }
-{ do = "short_read", nth = 40 }
-{ do = "write_error", nth = 20, times = 2 }
-{ do = "no_space", on = "swapd-1", after = 0.6 }
-{ do = "bit_flip", on = "swapd-0", nth = 25, times = 2 }
+{ do = "stop", on = "swapd-1", at = "write.started", nth = 5, for_ms = 50 }
+{ do = "drop", nth = 10 }
+{ do = "duplicate", nth = 4, times = 2 }
+{ do = "delay", on = "swapd-0", nth = 5, for_ms = 20 }
+{ do = "disconnect", on = "swapd-1", after = 0.4, for_ms = 50 }
+{ do = "slow", on = "swapd-0", after = 0.3, for_ms = 50, slower_ms = 2.0 }
+{ do = "read_error", nth = 2 }
+{ do = "short_read", nth = 3 }
+{ do = "write_error", nth = 3, times = 2 }
+{ do = "no_space", on = "swapd-1", after = 0.2 }
+{ do = "bit_flip", on = "swapd-0", nth = 4 }
 """
 HARMLESS_KINDS = {kind for kind in KINDS if kind not in ("bad_block", "device_gone")}
 
@@ -76,11 +76,11 @@ def test_many_kinds_at_once_happen_are_on_record_and_cost_nothing(runner: Runner
     assert [row["failed"] for row in rows] == [""] * len(rows)
     assert summary["integrity"]["reads_checked"] > 0
     assert summary["integrity"]["errors"] == 0
-    assert summary["integrity"]["checksum_errors"] >= 2, "the wrong bits were noticed"
+    assert summary["integrity"]["checksum_errors"] >= 1, "the wrong bit was noticed"
     assert summary["tasks"]["killed"] == summary["totals"]["machine_checks"] == 0
     assert summary["totals"]["io_retries"] > 0
     assert summary["check"]["violations"] == {}
-    assert summary["chaos"]["kills"] <= summary["restarts"]
+    assert summary["restarts"] >= 3
     events = ended.events()
     by = {PROC_HOST: 0, PROC_LAUNCHER: 0, PROC_SWAPD: 0, PROC_SWAPD + 1: 0}
     for number, row in enumerate(rows):
@@ -94,7 +94,7 @@ def test_many_kinds_at_once_happen_are_on_record_and_cost_nothing(runner: Runner
 
 
 def _assert_nothing_came_after_the_kill(runner: Runner, events: Events) -> None:
-    """The daemon that was killed at its 150th read never answered it: its record is the last thing of that incarnation."""
+    """The daemon that was killed at its fifth read never answered it: its record is the last thing of that incarnation."""
     (killed,) = faults_of(events, 0)
     request = int(killed["cause"])
     assert request & 1 == 0, "a read"
@@ -127,7 +127,7 @@ def test_a_fault_that_cannot_happen_fails_the_run(runner: Runner) -> None:
 
 
 def test_a_block_that_goes_bad_costs_one_task_and_the_summary_says_so(runner: Runner) -> None:
-    ended = runner.run(GUEST, "--fault", "bad_block nth=200", "--for", "1500ms", command="chaos")
+    ended = runner.run(GUEST, "--fault", "bad_block nth=5", "--for", "1500ms", command="chaos")
     assert ended.code == 0, ended.stderr
     summary = ended.summary
     assert summary["tasks"]["killed"] == summary["tasks"]["kill_reasons"]["machine_check"] == 1
@@ -138,11 +138,11 @@ def test_a_block_that_goes_bad_costs_one_task_and_the_summary_says_so(runner: Ru
 
 def test_a_killed_vcpu_ends_the_run_with_who_wanted_it(runner: Runner) -> None:
     ended = runner.run(
-        GUEST, "--fault", "kill on=vcpu-1 at=fault.announced nth=10", "--for", "5s", command="chaos"
+        GUEST, "--fault", "kill on=vcpu-1 at=fault.announced nth=3", "--for", "5s", command="chaos"
     )
     assert ended.code == 1
     assert (
-        "vcpu-1 killed by SIGKILL (as fault 0 of the schedule wants: kill 10th fault.announced)"
+        "vcpu-1 killed by SIGKILL (as fault 0 of the schedule wants: kill 3rd fault.announced)"
         in ended.summary["ended"]
     )
     assert ended.summary["injected"][0]["fired"] == 1

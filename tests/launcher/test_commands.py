@@ -173,6 +173,12 @@ def test_chaos_and_stress_must_have_checked_something(monkeypatch: pytest.Monkey
         monkeypatch.setattr(commands, "execute", runs)
         assert commands.cmd_chaos(_args(**chaos, every_ns=10**8, for_ns=3 * 10**9)) == code
         assert runs.asked[0][1] == 3.0, "the run lasts as long as the chaos"
+        with_another = _args(every_ns=10**8, for_ns=3 * 10**9, faults=["drop nth=3"])
+        assert commands.cmd_chaos(with_another) == code
+        assert [(fault.do, fault.every_ms, fault.nth) for fault in runs.topologies[-1].fault] == [
+            ("kill", 100.0, 0),
+            ("drop", 0.0, 3),
+        ]
         stress = {"vcpus": 3, "vms": 2, "overcommit": 2.5, "every_ns": 10**8}
         assert commands.cmd_stress(_args(**stress, chaos=True, seconds=4.0)) == code
         (fault,) = runs.topologies[-1].fault

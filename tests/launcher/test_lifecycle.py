@@ -230,11 +230,12 @@ def test_scheduled_faults_hit_only_what_lives_while_the_run_is_measured() -> Non
     assert _filling().on_fault("swapd", 0, kill) == []
     life = _running()
     assert life.on_fault("swapd", 0, kill) == [Kill(Child("swapd", 0, 0), 200)]
+    assert life.on_fault("swapd", 0, kill) == [], "it is dying already"
     life.on_exited(Child("swapd", 0, 0), KILLED, 1)
     assert life.on_fault("swapd", 0, kill) == [], "the successor has not been forked yet"
     life.on_forked(Child("swapd", 0, 1), 300)
-    assert life.on_fault("swapd", 0, kill) == [Kill(Child("swapd", 0, 1), 300)]
     assert life.on_fault("swapd", 0, stop) == [Signal(Child("swapd", 0, 1), 300, stop)]
+    assert life.on_fault("swapd", 0, kill) == [Kill(Child("swapd", 0, 1), 300)]
     assert life.on_fault("host", 0, stop) == [Signal(HOST, 100, stop)]
     assert life.on_fault("zygote", 0, kill, "x") == [KillZygote()]
     assert _end(life.on_zygote_gone("killed by SIGKILL")).ended == "failed:zygote-0 killed by SIGKILL (x)"
