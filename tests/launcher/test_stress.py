@@ -40,6 +40,12 @@ def test_a_stress_fits_its_guests_and_swaps(vcpus: int, vms: int, overcommit: fl
         assert used > 0.3 * vm.memory_mib * 256, "most of a guest's memory is worked on"
 
 
+@pytest.mark.parametrize("overcommit", [100.0, 12_345.6, 60_000.0])
+def test_page_tables_of_large_tasks_have_room(overcommit: float) -> None:
+    topology = _topology(3, 2, overcommit)
+    assert topology.guest_pages / topology.allowance_pages == pytest.approx(overcommit, rel=0.01)
+
+
 def test_of_a_host_with_a_quarter_of_the_memory_much_is_swapped() -> None:
     for vcpus in (1, 64, 256, 1024):
         topology = _topology(vcpus)
