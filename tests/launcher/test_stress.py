@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from launcher import commands, stress
+from launcher.execute import bounds_for
+from launcher.lifecycle import Bounds
 from proto.errors import UserError
 from proto.topology import Topology, load
 from proto.units import MAX_VCPUS
@@ -62,6 +64,18 @@ def test_what_the_user_sets_comes_last() -> None:
 def test_ordered_kills_do_not_use_up_the_restarts() -> None:
     assert _topology(2).swapd[0].restart_limit == Topology.from_dict({}).swapd[0].restart_limit
     assert _topology(2, 1, 4.0, 5000).swapd[0].restart_limit == 5000 + stress.RESTARTS_SPARE
+
+
+def test_bounds_of_a_run_grow_with_what_is_filled_and_swept() -> None:
+    plain = Bounds()
+    small, one, four = (bounds_for(_topology(*size)) for size in ((1, 1), (256, 1), (256, 4)))
+    assert plain.setup_ns < small.setup_ns < one.setup_ns
+    assert plain.drain_ns < small.drain_ns < one.drain_ns
+    # The same memory, and tasks of several guests that are alike count as often as there are guests.
+    assert four.drain_ns == pytest.approx(one.drain_ns, rel=0.05)
+    assert four.setup_ns == pytest.approx(one.setup_ns, rel=0.05)
+    unchecked = Topology.from_dict({"vm": [{"task": [{"workload": "uniform", "memory_kib": 1024}]}]})
+    assert bounds_for(unchecked).drain_ns == plain.drain_ns
 
 
 @pytest.mark.parametrize(
