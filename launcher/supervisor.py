@@ -54,6 +54,8 @@ STALL_NS: Final = 10 * S
 """A vCPU that holds a run token this long without looking at anything is stuck or stopped."""
 STALL_CHECK_NS: Final = 1 * S
 LEAVE_ORDERLY_S: Final = 3.0
+LEAVE_EACH_S: Final = 0.05
+"""More for each process: hundreds of them have to get their turn."""
 LEAVE_ABORT_S: Final = 0.2
 TOGETHER_S: Final = 0.05
 """Who dies this soon after the death that ends the run was not told to: it is named, too."""
@@ -424,7 +426,8 @@ class Supervisor:
     def _let_leave(self) -> None:
         """Say goodbye and give the processes time to write down what they know."""
         self._tell(wire.Bye(0))
-        self._hear_reports(LEAVE_ORDERLY_S, lambda: bool(self._life.pids))
+        bound_s = LEAVE_ORDERLY_S + LEAVE_EACH_S * len(self._life.pids)
+        self._hear_reports(bound_s, lambda: bool(self._life.pids))
         if self._life.pids:
             names = sorted(child.name for child in self._life.pids)
             more = f" and {len(names) - LEFT_NAMED_MAX} more" if len(names) > LEFT_NAMED_MAX else ""

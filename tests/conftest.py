@@ -39,7 +39,7 @@ def _temporary_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
         os.register_at_fork(after_in_child=partial(signal.signal, number, signal.SIG_DFL))
-    # Of sessions that were killed.
+    # Of test runs that were killed.
     tempdirs.sweep(PREFIX, [Path(tempfile.gettempdir())])
     held = tempdirs.make(PREFIX, Path(tempfile.gettempdir()))
     folder = held.path
