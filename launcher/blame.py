@@ -20,8 +20,6 @@ from proto.trace_tail import last_events
 from report.event_text import event_lines
 
 EVENTS_SHOWN: Final = 12
-KILLED: Final = "killed by "
-"""As launcher.zygote_link.describe_exit begins for a signal."""
 STORIES_MAX: Final = 4
 """Of more processes that died together only the names are told."""
 
@@ -43,9 +41,7 @@ class Blamed:
 
 @dataclass(slots=True)
 class Deaths:
-    """Deaths that nobody had asked for. died: of processes that may not die, in order. leaving: set it when they are told to go; who is
-    killed then, and not by us, died all the same.
-    """
+    """Deaths that nobody had asked for. died: of processes that may not die, in order. leaving: set it when they are told to go."""
 
     died: list[Blamed] = field(default_factory=list)
     leaving: bool = False
@@ -55,7 +51,7 @@ class Deaths:
         """A process has ended."""
         if death.child.role == "swapd":
             self._daemons[death.child.name] = death
-        elif not self.leaving or death.how.startswith(KILLED):
+        elif not self.leaving:
             self.died.append(death)
 
     def blamed(self, culprit: str, now_ns: int) -> list[Blamed]:

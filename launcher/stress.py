@@ -19,14 +19,14 @@ from typing import Any, Final
 from proto import segments
 from proto.errors import UserError
 from proto.layout import ALLOC_FIRST_GFN
-from proto.topology import PAGES_PER_MIB
+from proto.topology import PAGES_PER_MIB, PAGES_PER_TABLE, process_pages
 from proto.topology_keys import ALLOWANCE_SPARE_PAGES, MIB_MAX
 from proto.units import ASYNC_PF_PER_VCPU, MAX_VCPUS
 
 OVERCOMMIT: Final = 4.0
 TASKS_PER_VCPU: Final = 2
 TASK_SPARE_PAGES: Final = 16
-"""Page tables of a task and what else its address space needs (proto.topology.process_pages)."""
+"""Room in the address space of a task beside its data, at least (proto.topology.process_pages)."""
 TASK_PAGES_MIN: Final = 8
 """A task of fewer pages would hardly be swapped."""
 VCPU_PROCESS_MIB: Final = 6
@@ -84,11 +84,18 @@ def plan(vcpus: int, vms: int, overcommit: float) -> Size:
         cpus = vcpus // vms + (vm < vcpus % vms)
         needed = ALLOC_FIRST_GFN + TASKS_PER_VCPU * cpus * (TASK_PAGES_MIN + TASK_SPARE_PAGES)
         memory_mib = max(math.ceil(overcommit * least_mib * cpus / vcpus - 1e-9), -(-needed // PAGES_PER_MIB))
-        task_pages = (memory_mib * PAGES_PER_MIB - ALLOC_FIRST_GFN) // (TASKS_PER_VCPU * cpus)
-        guests.append((cpus, memory_mib, task_pages - TASK_SPARE_PAGES))
+        pages_each = (memory_mib * PAGES_PER_MIB - ALLOC_FIRST_GFN) // (TASKS_PER_VCPU * cpus)
+        guests.append((cpus, memory_mib, _data_pages(pages_each)))
     # Memory comes in whole MiB, which is much for a guest of one vCPU: the host gets its share of what they became.
     total = sum(memory_mib for _, memory_mib, _ in guests)
     return Size(min(total, max(least_mib, round(total / overcommit))), tuple(guests))
+
+
+def _data_pages(pages: int) -> int:
+    """Pages of data in an address space that may have so many with its page tables."""
+    return min(
+        pages - TASK_SPARE_PAGES, (pages - process_pages(0) - 1) * PAGES_PER_TABLE // (PAGES_PER_TABLE + 1)
+    )
 
 
 def check_machine(size: Size) -> None:

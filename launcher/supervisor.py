@@ -15,7 +15,7 @@ import ctypes
 import os
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -68,6 +68,8 @@ STALL_NS: Final = 10 * S
 """A vCPU that holds a run token this long without looking at anything is stuck or stopped."""
 STALL_CHECK_NS: Final = 1 * S
 LEAVE_ORDERLY_S: Final = 3.0
+LEAVE_EACH_S: Final = 0.05
+"""More for each process: hundreds of them have to get their turn."""
 LEAVE_ABORT_S: Final = 0.2
 TOGETHER_S: Final = 0.05
 """Who dies this soon after the death that ends the run was not told to: it is named, too."""
@@ -445,18 +447,13 @@ class Supervisor:
     # -- the end ----------------------------------------------------------------------------------------------------------
     def tear_down(self) -> None:
         """End every process of the run, whatever state it is in, and release the sockets. Bounded."""
-        by_death = bool(self._deaths.died)
         try:
             self._wake_stopped()
             if not self.outcome.orderly:
                 self._hear_who_else_died()
-                self._resources.segments["control"].u64[CTL_ABORT] = 1
             self._deaths.leaving = True
             if not self._zygote_gone:
-                self._let_leave(LEAVE_ORDERLY_S if self.outcome.orderly else LEAVE_ABORT_S)
-            if by_death:
-                self.outcome.blamed = list(self._deaths.died)
-                self.outcome.ended = self._deaths.text()
+                self._let_leave() if self.outcome.orderly else self._abort()
         finally:
             if not self._zygote_gone:
                 self._zygote.stop(ZYGOTE_STOP_S)
@@ -471,10 +468,9 @@ class Supervisor:
         """Name those, too, that died together with the first one, before anybody is told to leave."""
         if not self._deaths.died:
             return
-        deadline_s = time.monotonic() + TOGETHER_S
-        while not self._zygote_gone and (left_s := deadline_s - time.monotonic()) > 0:
-            if self._zygote.wait_report(left_s):
-                self._hear_zygote()
+        self._hear_reports(TOGETHER_S, lambda: True)
+        self.outcome.blamed = list(self._deaths.died)
+        self.outcome.ended = self._deaths.text()
 
     def _wake_stopped(self) -> None:
         """A process that stands still could not leave by itself."""
@@ -486,25 +482,36 @@ class Supervisor:
             if (pid := alive.get(who)) is not None:
                 self._zygote.kill(pid, signal.SIGCONT)
 
-    def _let_leave(self, timeout_s: float) -> None:
-        """Say goodbye and give the processes time to write down what they know: all of them, or after a failure the host alone, which
-        has the most to tell.
-        """
+    def _let_leave(self) -> None:
+        """Say goodbye and give the processes time to write down what they know."""
         self._tell(wire.Bye(0))
-        deadline_s = time.monotonic() + timeout_s
-        while self._awaited() and not self._zygote_gone and (left_s := deadline_s - time.monotonic()) > 0:
-            # The dealer and the signals do not matter any more: only the zygote's reports.
-            if self._zygote.wait_report(left_s):
-                self._hear_zygote()
-        if self.outcome.orderly and self._life.pids:
+        bound_s = LEAVE_ORDERLY_S + LEAVE_EACH_S * len(self._life.pids)
+        self._hear_reports(bound_s, lambda: bool(self._life.pids))
+        if self._life.pids:
             names = sorted(child.name for child in self._life.pids)
             more = f" and {len(names) - LEFT_NAMED_MAX} more" if len(names) > LEFT_NAMED_MAX else ""
             self.outcome.details.append(
                 f"killed, since they did not leave by themselves: {', '.join(names[:LEFT_NAMED_MAX])}{more}"
             )
 
-    def _awaited(self) -> bool:
-        return bool(self._life.pids) if self.outcome.orderly else Child("host", 0, 0) in self._life.pids
+    def _abort(self) -> None:
+        """After a failure the host has something to write down. All others are killed at once: hundreds of vCPUs that are woken to leave
+        by themselves would take seconds.
+        """
+        host = Child("host", 0, 0)
+        for child, pid in self._life.pids.items():
+            if child != host:
+                self._zygote.kill(pid)
+        self._resources.segments["control"].u64[CTL_ABORT] = 1
+        self._tell(wire.Bye(0))
+        self._hear_reports(LEAVE_ABORT_S, lambda: host in self._life.pids)
+
+    def _hear_reports(self, timeout_s: float, wanted: Callable[[], bool]) -> None:
+        """Only the zygote's reports, as long as they are wanted: the dealer and the signals do not matter any more."""
+        deadline_s = time.monotonic() + timeout_s
+        while wanted() and not self._zygote_gone and (left_s := deadline_s - time.monotonic()) > 0:
+            if self._zygote.wait_report(left_s):
+                self._hear_zygote()
 
     def _reap_orphans(self) -> None:
         """Processes of a zygote that was killed are ours now: they are dead or about to be, and must not stay as zombies."""

@@ -63,7 +63,7 @@ def _temporary_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
     there.
     """
     tmp_path_factory.getbasetemp()  # pytest's own folders, which it keeps after failures, stay outside
-    # Of sessions that were killed.
+    # Of test runs that were killed.
     tempdirs.sweep(PREFIX, [Path(tempfile.gettempdir())])
     held = tempdirs.make(PREFIX, Path(tempfile.gettempdir()))
     folder = held.path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 from pathlib import Path
 
@@ -151,6 +152,20 @@ def test_test_becomes_pytest(rest: list[str], expected: list[str], monkeypatch: 
     with pytest.raises(Replaced):
         cli.cmd_test(argparse.Namespace(rest=rest))
     assert started == [[str(bootstrap.APP_DIR), sys.executable, "-m", "pytest", *expected]]
+
+
+@pytest.mark.parametrize(("stdout", "good"), [("/dev/null", True), ("/dev/full", False)])
+def test_output_that_cannot_be_written_is_no_success(stdout: str, good: bool) -> None:
+    """A command leaves without taking the interpreter apart; what it had to say must be out before."""
+    with Path(stdout).open("w") as file:
+        done = subprocess.run(
+            [sys.executable, str(bootstrap.APP_DIR / "launch.py"), "topologies"],
+            stdout=file,
+            stderr=subprocess.PIPE,
+            check=False,
+            timeout=60,
+        )
+    assert (done.returncode == 0) is good
 
 
 def test_test_without_tests_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from launcher import commands, stress
+from launcher.execute import bounds_for
+from launcher.lifecycle import Bounds
 from proto.errors import UserError
 from proto.topology import Topology, load
 from proto.units import MAX_VCPUS
@@ -40,6 +42,12 @@ def test_a_stress_fits_its_guests_and_swaps(vcpus: int, vms: int, overcommit: fl
         assert used > 0.3 * vm.memory_mib * 256, "most of a guest's memory is worked on"
 
 
+@pytest.mark.parametrize("overcommit", [100.0, 12_345.6, 60_000.0])
+def test_page_tables_of_large_tasks_have_room(overcommit: float) -> None:
+    topology = _topology(3, 2, overcommit)
+    assert topology.guest_pages / topology.allowance_pages == pytest.approx(overcommit, rel=0.01)
+
+
 def test_of_a_host_with_a_quarter_of_the_memory_much_is_swapped() -> None:
     for vcpus in (1, 64, 256, 1024):
         topology = _topology(vcpus)
@@ -56,6 +64,18 @@ def test_what_the_user_sets_comes_last() -> None:
 def test_ordered_kills_do_not_use_up_the_restarts() -> None:
     assert _topology(2).swapd[0].restart_limit == Topology.from_dict({}).swapd[0].restart_limit
     assert _topology(2, 1, 4.0, 5000).swapd[0].restart_limit == 5000 + stress.RESTARTS_SPARE
+
+
+def test_bounds_of_a_run_grow_with_what_is_filled_and_swept() -> None:
+    plain = Bounds()
+    small, one, four = (bounds_for(_topology(*size)) for size in ((1, 1), (256, 1), (256, 4)))
+    assert plain.setup_ns < small.setup_ns < one.setup_ns
+    assert plain.drain_ns < small.drain_ns < one.drain_ns
+    # The same memory, and tasks of several guests that are alike count as often as there are guests.
+    assert four.drain_ns == pytest.approx(one.drain_ns, rel=0.05)
+    assert four.setup_ns == pytest.approx(one.setup_ns, rel=0.05)
+    unchecked = Topology.from_dict({"vm": [{"task": [{"workload": "uniform", "memory_kib": 1024}]}]})
+    assert bounds_for(unchecked).drain_ns == plain.drain_ns
 
 
 @pytest.mark.parametrize(
