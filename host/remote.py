@@ -263,7 +263,7 @@ class RemoteDaemons:
         peer = ("S", daemon.number, epoch)
         self._shell.dispatch(peer, daemon.name, message._replace(epoch=epoch), extra)
         # Not before: what is refused is no sign of life of the daemon that is meant.
-        daemon.heard_ns = time.monotonic_ns()
+        self._sign_of_life(daemon)
 
     def _refused(self, daemon: RemoteDaemon, message: wire.NackMsg, _: Sequence[bytes]) -> None:
         if message.code == Nack.BUSY:
@@ -295,9 +295,7 @@ class RemoteDaemons:
                 "came back without the pages it had acknowledged (another file, another host's, or its machine was started anew)",
             )
             return
-        heard_ns = time.monotonic_ns()
-        self._note_silence(daemon, heard_ns, known.up and epoch != known.epoch)
-        daemon.heard_ns = heard_ns
+        self._sign_of_life(daemon, successor=known.up and epoch != known.epoch)
         daemon.trouble = "it does not answer"
         if epoch == known.epoch and known.up:
             # The link was gone for a while: what was sent meanwhile may be lost.
@@ -309,14 +307,15 @@ class RemoteDaemons:
             self._feed(self._shell.swap, ev.DaemonFenced(daemon.number, known.epoch))
         self._shell.admit(daemon.number, daemon.name, epoch)
 
-    def _note_silence(self, daemon: RemoteDaemon, heard_ns: int, successor: bool) -> None:
-        """For those who look at outages. A daemon that was there before says so again, or its successor does."""
+    def _sign_of_life(self, daemon: RemoteDaemon, *, successor: bool = False) -> None:
+        """Of a daemon that is there, or of its successor. That it was away is told to those who look at outages."""
+        silent_ns, daemon.heard_ns = daemon.heard_ns, time.monotonic_ns()
         known: Link = self._shell.daemons[daemon.number]
-        if not known.up or (not successor and heard_ns - daemon.heard_ns < SILENCE_NS):
+        if not known.up or (not successor and daemon.heard_ns - silent_ns < SILENCE_NS):
             return
         obs = self._shell.obs
-        obs.gauge(HostCounter.SILENT_NS, daemon.heard_ns)
-        obs.gauge(HostCounter.HEARD_NS, heard_ns)
+        obs.gauge(HostCounter.SILENT_NS, silent_ns)
+        obs.gauge(HostCounter.HEARD_NS, daemon.heard_ns)
         obs.count(HostCounter.SILENCES)
         obs.count(HostCounter.RESTARTS_ELSEWHERE, int(successor))
 

@@ -12,6 +12,7 @@ import pytest
 import zmq
 
 from host import events as ev
+from host.remote import SILENCE_NS
 from host.shell import HostShell
 from proto import link, segments, wire
 from proto.lives import DaemonState, PageState
@@ -144,6 +145,31 @@ def test_epochs_are_counted_from_0_here_and_from_the_first_offer_there(attached:
     assert attached.says(wire.Welcome, 2).epoch == FIRST + 3
     assert (daemon.epoch, daemon.state) == (3, DaemonState.UP)
     assert count(attached, HostCounter.FENCES) == 1
+
+
+def test_time_without_a_sign_of_life_is_told_when_it_is_over(attached: World) -> None:
+    daemon = attached.shell.remote.daemons[0]
+    offered_ns = daemon.heard_ns
+    attached.say(wire.Pong(FIRST, 1))
+    attached.until(lambda: daemon.heard_ns > offered_ns)
+    assert count(attached, HostCounter.SILENCES) == 0
+    last_ns = daemon.heard_ns = daemon.heard_ns - SILENCE_NS
+    attached.say(wire.Pong(FIRST, 2))
+    attached.until(lambda: count(attached, HostCounter.SILENCES) == 1)
+    assert count(attached, HostCounter.SILENT_NS) == last_ns
+    assert count(attached, HostCounter.HEARD_NS) == daemon.heard_ns
+    assert count(attached, HostCounter.RESTARTS_ELSEWHERE) == 0, "the same process goes on"
+
+
+def test_a_successor_ends_an_outage_however_short(attached: World) -> None:
+    last_ns = attached.shell.remote.daemons[0].heard_ns
+    attached.say(wire.Offer(FIRST + 2, 7, SLOTS, 1))
+    attached.says(wire.Welcome, 2)
+    assert count(attached, HostCounter.SILENCES) == count(attached, HostCounter.RESTARTS_ELSEWHERE) == 1
+    assert count(attached, HostCounter.SILENT_NS) == last_ns
+    attached.say(wire.Offer(FIRST, 7, SLOTS, 1), wire.Pong(FIRST, 1))
+    attached.until(lambda: count(attached, HostCounter.STALE_REPLIES) > 0)
+    assert count(attached, HostCounter.SILENCES) == 1, "who is over gives no sign of life"
 
 
 def test_an_old_epoch_that_still_answers_is_refused(attached: World) -> None:
