@@ -1,6 +1,6 @@
 """What a second copy of each page costs in faults per second, and what hedged reads buy when one of two daemons is slow.
 
-    python bench/replicas.py [--rounds N] [--seconds S] [--slow-us US] [--sigma S] [--hedge-ms MS]
+    python bench/replicas.py [--rounds N] [--seconds S] [--slow-us US] [--sigma S] [--hedge-ms MS] [--rows unpaced|slow]
 
 Real runs of topologies/replicas.toml, the rows in turn, several rounds over; the median of each is printed. In the rows "slow" one of the
 two daemons answers reads after a lognormal time (median --slow-us). Reads go to the daemon with fewer requests to answer, with hedging or
@@ -45,13 +45,14 @@ def rows(args: argparse.Namespace) -> dict[str, list[str]]:
     ]
     slow.append("swapd.1.model_from_barrier=true")
     fast = ["vm.rate_ops_per_s=0"]
-    return {
+    found = {
         "unpaced, one copy": one + fast,
         "unpaced, two copies": two + fast,
         "slow, one copy": one + slow,
         "slow, two copies": two + slow,
         "slow, two copies, hedged": hedged + slow,
     }
+    return {name: changes for name, changes in found.items() if name.startswith(args.rows)}
 
 
 def run(changes: list[str], seconds: float) -> Sample:
@@ -93,6 +94,9 @@ def main() -> None:
     parser.add_argument("--slow-us", type=float, default=5000.0)
     parser.add_argument("--sigma", type=float, default=1.5)
     parser.add_argument("--hedge-ms", type=float, default=20.0)
+    parser.add_argument(
+        "--rows", default="", choices=("", "unpaced", "slow"), help="only these; all by default"
+    )
     args = parser.parse_args()
     found: dict[str, list[Sample]] = {name: [] for name in rows(args)}
     for _ in range(args.rounds):
