@@ -106,7 +106,7 @@ class _Write:
 class _Request:
     """One attempt: a read or write of one copy, from its start to its answer."""
 
-    __slots__ = ("attempts", "copy", "frame", "hedge", "id", "job", "op", "sent_epoch", "sent_ns")
+    __slots__ = ("attempts", "copy", "frame", "hedge", "id", "job", "op", "sent_epoch", "sent_ns", "since_ns")
 
     def __init__(self, ident: int, op: int, copy: int, frame: int, job: _Read | _Write) -> None:
         self.id = ident
@@ -117,6 +117,9 @@ class _Request:
         self.attempts = 0
         self.sent_epoch = -1
         self.sent_ns = 0
+        """When it was sent last."""
+        self.since_ns = 0
+        """When it was sent first, to this epoch."""
         self.hedge = False
 
 
@@ -250,15 +253,19 @@ class SwapMachine(Machine):
         return read
 
     def _ask_best(self, read: _Read, frame: int) -> None:
-        """Read the copy on a daemon that is up with the least to do, the first one if that is equal. With none up it waits for one."""
+        """Read the copy on a daemon that answers with the least to do, the first one if that is equal. With none up it waits for one."""
         copies = self.copies.copies(read.slot)
         if not copies:
             self._done(read, frame, ok=False, xxh3=0, copy=-1, rewrite=False)
             return
-        up = [copy for copy in copies if self._is_up(copy // SLOTS_PER_DAEMON)]
-        if up and up[0] != read.slot:
+        best = copies
+        if len(copies) > 1:
+            best = [copy for copy in copies if self._answers(copy // SLOTS_PER_DAEMON)] or [
+                copy for copy in copies if self._is_up(copy // SLOTS_PER_DAEMON)
+            ]
+        if best and best[0] != read.slot:
             self.obs.count(HostCounter.REPLICA_READS)
-        best = up or copies[:1]
+        best = best or copies[:1]
         if len(best) > 1:
             best.sort(key=lambda copy: self.daemons[copy // SLOTS_PER_DAEMON].backlog)
         self._ask(read, best[0], frame)
@@ -394,7 +401,7 @@ class SwapMachine(Machine):
     # -- writes --------------------------------------------------------------------------------------------
     def _swap_out(self, event: SwapOut) -> None:
         copies = self.copies
-        slot = copies.rewrite(event.slot, self._is_up) if event.slot >= 0 else copies.take(self._is_up)
+        slot = copies.rewrite(event.slot, self._answers) if event.slot >= 0 else copies.take(self._answers)
         if slot < 0:
             self.emit(SwapOutDone(event.serial, event.hvp, -1, event.frame, ok=False, full=True))
             return
@@ -425,6 +432,14 @@ class SwapMachine(Machine):
     def _is_up(self, index: int) -> bool:
         return self.daemons[index].state is _UP
 
+    def _answers(self, index: int) -> bool:
+        """Up, and what was asked of it first is not long overdue: a daemon may be silent for long before it is given up."""
+        daemon = self.daemons[index]
+        if daemon.state is not _UP:
+            return False
+        oldest = next(iter(daemon.out.values()), None)
+        return oldest is None or self.now_ns - oldest.since_ns < RESEND_NS
+
     def _new_id(self, op: int) -> int:
         """Rising; the lowest bit says what is asked for, so that also a reply to a forgotten request can be read (`op_of`)."""
         ident = self._next_id
@@ -443,6 +458,7 @@ class SwapMachine(Machine):
     def _send(self, index: int, daemon: _Daemon, request: _Request) -> None:
         request.attempts += 1
         request.sent_epoch = daemon.epoch
+        request.since_ns = self.now_ns
         daemon.out[request.id] = request
         self._emit_io(index, daemon, request)
 

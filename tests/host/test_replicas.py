@@ -10,7 +10,7 @@ import pytest
 from host import events as ev
 from host.copies import SLOTS_PER_DAEMON
 from host.kernels import F_DIRTY, HPT_BAD, HPT_RESIDENT, HPT_SLOT
-from host.swap import ATTEMPTS_MAX, STRIKES_MAX, WINDOW, SwapMachine
+from host.swap import ATTEMPTS_MAX, RESEND_NS, STRIKES_MAX, WINDOW, SwapMachine
 from proto.lives import DaemonState
 from proto.machine import MachineError
 from proto.stats import HostCounter
@@ -162,6 +162,33 @@ def test_what_waits_for_a_daemon_moves_when_another_comes_up() -> None:
     assert swap.on([ev.SwapIn(0, slot, 9)], 0) == []
     (read,) = sent(swap.on([ev.DaemonUp(1, 1)], 0))
     assert (read.daemon, read.frame) == (1, 9)
+
+
+def test_a_daemon_that_is_silent_gets_nothing_new() -> None:
+    swap, obs = machine(3)
+    slots = [stored(swap, hvp) for hvp in range(3)]
+    (silent,) = sent(swap.on([ev.SwapIn(0, slots[0], 9)], 0))
+    assert silent.daemon == 0
+    later = swap.on([ev.SwapOut(2, 50, 5, -1, 1), ev.SwapOut(3, 51, 5, -1, 1)], RESEND_NS)
+    assert {io.daemon for io in sent(later)} == {1, 2}
+    rewritten = sent(swap.on([ev.SwapOut(4, 0, 5, slots[0], 1)], RESEND_NS))
+    assert {io.daemon for io in rewritten} == {1, 2}, "its copy is given up, another takes the place"
+    (read,) = sent(swap.on([ev.SwapIn(2, slots[2], 10)], RESEND_NS))
+    assert read.daemon == 2
+    swap.on([ev.IoReply(0, 0, silent.request, 4096, 1)], RESEND_NS)
+    assert 0 in {
+        io.daemon
+        for io in sent(swap.on([ev.SwapOut(5, 52, 5, -1, 1), ev.SwapOut(6, 53, 5, -1, 1)], RESEND_NS))
+    }
+    assert obs.counts[HostCounter.STALE_REPLIES] == 0
+
+
+def test_when_nobody_answers_any_daemon_is_asked() -> None:
+    swap, _ = machine()
+    slot = stored(swap)
+    swap.on([ev.SwapIn(0, slot, 9), ev.SwapOut(2, 50, 5, -1, 1)], 0)
+    assert len(sent(swap.on([ev.SwapOut(3, 51, 5, -1, 1)], 2 * RESEND_NS))) == 2
+    assert len(sent(swap.on([ev.SwapOut(4, 0, 5, slot, 1)], 2 * RESEND_NS))) == 2
 
 
 # -- hedges --------------------------------------------------------------------------------------------------
