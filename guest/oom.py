@@ -177,7 +177,7 @@ class OutOfMemory:
             yield from self._tell(killed)
 
     def _deserted(self) -> list[int]:
-        cpu, owners = self._cpu, self._owners()
+        owners = self._owners()
         spaces: dict[int, bool] = {}
         for task in self._tasks():
             root = self._root(task)
@@ -185,11 +185,12 @@ class OutOfMemory:
         return [
             root
             for root, still in spaces.items()
-            if still and int(owners[root]) == root and self._wanted(root, cpu)
+            if still and int(owners[root]) == root and self._wanted(root)
         ]
 
-    def _wanted(self, root: int, cpu: GuestCpu) -> bool:
+    def _wanted(self, root: int) -> bool:
         """Memory of tasks that ended by themselves goes only when the host asks."""
+        cpu = self._cpu
         chosen = any(cpu.task_load(t, T_DIE) for t in self._tasks() if self._root(t) == root)
         return chosen or cpu.kernel.load(K_OOM) != 0
 

@@ -51,7 +51,18 @@ from proto.machine import Machine, MachineError, Path
 from proto.profile import Profile
 from proto.stats import HostCounter, HostHist
 from proto.trace import Kind
-from proto.wire import HC_AT_BARRIER, HC_OOM, HC_RELEASE, HC_RESET, Entry, Exit, ExitReason, Held, Inject
+from proto.wire import (
+    HC_AT_BARRIER,
+    HC_OOM,
+    HC_RELEASE,
+    HC_RESET,
+    OOM_PENDING,
+    Entry,
+    Exit,
+    ExitReason,
+    Held,
+    Inject,
+)
 
 HOST_TICK_NS: Final = 4_000_000
 """The host's own timer makes a running vCPU exit every 1 to 4 ms (seen in the recorded kernels); here only when something waits."""
@@ -272,9 +283,9 @@ class VcpuMachine(Machine):
         yield "hypercall"
 
     def _answer_notice(self, record: Exit) -> None:
-        """Any CPU of the guest may answer: the one that stopped last gives the memory back."""
+        """Any CPU of the guest may answer: the one that stopped last gives the memory back. Until then a reset of who was told loses it."""
         self._trace(Kind.OOM_ANSWER, a=record.arg1, b=record.gpa, c=record.gva)
-        if self._told == record.arg1:
+        if self._told == record.arg1 and not record.gva & OOM_PENDING:
             self._told = 0
         self.emit(MemoryGiven(self.vm, record.arg1, record.gpa, record.gva))
 

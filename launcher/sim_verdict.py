@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from host.kernels import HPT_BAD, HPT_EVICT, HPT_READING, HPT_RESIDENT, HPT_WRITING
+from host.kernels import HPT_BAD, HPT_EVICT, HPT_NONE, HPT_READING, HPT_RESIDENT, HPT_WRITING, HPT_ZERO
 from proto.events import Events
 from proto.layout import ALLOC_FIRST_GFN, KILL_SWAP_FULL, VC_TASKS_KILLED
 from proto.stats import HostCounter
@@ -127,6 +127,21 @@ def _example(finding: Finding) -> str:
     return f"vm {example.get('vm')} vcpu {example.get('vcpu')} token {example.get('token', 0):#x}, {at}"
 
 
+def _free_pages(emulator: Emulator) -> list[str]:
+    """What a guest's allocator would hand out next has nothing in it, wherever the host keeps it."""
+    vm, found = emulator.host.vm, []
+    for v, guest in enumerate(emulator.guests.vms):
+        for gfn in guest.free_pages():
+            hvp = vm.find_hvp(v, gfn)
+            state = int(vm.state[hvp])
+            if state in (HPT_NONE, HPT_ZERO) or (
+                state == HPT_RESIDENT and vm.memory.is_zero(int(vm.frame_of[hvp]))
+            ):
+                continue
+            found.append(f"vm {v}: free page {gfn} is not empty (state {state})")
+    return found[:3]
+
+
 def _left_over(emulator: Emulator) -> list[str]:
     """A run that came to its end leaves nothing half done."""
     found = []
@@ -137,6 +152,7 @@ def _left_over(emulator: Emulator) -> list[str]:
         # Dummies are the checker's business (I45): a broadcast may wake a task whose own ready event then leaves one, in KVM, too.
         if linked != used:
             found.append(f"vm {v}: {linked} nodes in the sleeper table, {used} of them dummies")
+    found += _free_pages(emulator)
     short = sum(guest.killed_by(KILL_SWAP_FULL) for guest in guests.vms)
     killed = guests.counter(VC_TASKS_KILLED) - short
     if killed and not _can_lose_pages(emulator):

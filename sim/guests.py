@@ -37,6 +37,8 @@ from guest.mmu import OK, U64, flush, make_vcpu
 from guest.run import kernel_access32, kernel_clear_page, vcpu_run
 from host.memory import HostMemory
 from proto.layout import (
+    K_FREE,
+    K_OWNERS,
     K_TASKS,
     MODE_IN_GUEST,
     MODE_OUTSIDE,
@@ -115,6 +117,17 @@ class GuestVm:
         base = task_base(self.tasks, self.plan.vcpus)
         records = self.kernel[base : base + self.tasks * TASK_WORDS].reshape(self.tasks, TASK_WORDS)
         return int(((records[:, T_STATE] == TS_KILLED) & (records[:, T_KILL_REASON] == reason)).sum())
+
+    def free_pages(self) -> list[int]:
+        """Pages on the allocator's stack. ValueError when it goes round in a circle."""
+        owners, found = int(self.kernel[K_OWNERS]), []
+        gfn = int(self.kernel[K_FREE]) & 0xFFFF_FFFF
+        while gfn:
+            found.append(gfn)
+            if len(found) > self.plan.memory_pages:
+                raise ValueError("the stack of free pages has a circle")
+            gfn = int(self.kernel[owners + gfn]) & 0xFFFF_FFFF
+        return found
 
     @property
     def tasks(self) -> int:

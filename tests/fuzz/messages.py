@@ -93,6 +93,9 @@ def ordinary() -> list[tuple[int, Any, int]]:
         exit_of(reason.RDMSR, arg0=kvm.MSR_ASYNC_PF_INT),
         exit_of(reason.KICK, accepted=0xF0F1, eois=1),
         exit_of(reason.HYPERCALL, arg0=wire.HC_AT_BARRIER, arg1=1),
+        exit_of(reason.HYPERCALL, arg0=wire.HC_RELEASE, gpa=0x20000, arg1=0xFF),
+        exit_of(reason.HYPERCALL, arg0=wire.HC_RELEASE),
+        exit_of(reason.HYPERCALL, arg0=wire.HC_OOM, arg1=1, gpa=8, gva=3),
         exit_of(reason.HLT, timer_ns=1000),
     ]
     return [

@@ -16,7 +16,7 @@ from proto.layout import npt_tables
 from proto.lives import Where
 from proto.stats import HostCounter
 from proto.trace import Kind
-from proto.wire import HC_OOM, HC_RELEASE, OOM_KILLED, OOM_PENDING, ExitReason, Inject
+from proto.wire import HC_OOM, HC_RELEASE, HC_RESET, OOM_KILLED, OOM_PENDING, ExitReason, Inject
 from tests.host.harness import WORDS, Bench, Recorder
 from tests.host.test_vm import frames_are_accounted_for
 
@@ -153,6 +153,18 @@ def test_a_notice_whose_vcpu_is_gone_goes_to_another(how: str) -> None:
     assert bench.touch(FIRST + 50, 1) is None or bench.entries[1].inject == Inject.OUT_OF_MEMORY
     bench.settle()
     assert (bench.entries[1].inject, bench.entries[1].cr2) == (Inject.OUT_OF_MEMORY, 2)
+
+
+def test_a_reboot_while_the_victim_is_still_being_stopped() -> None:
+    bench = full(vcpus=2)
+    answer(bench, 1, 0, OOM_KILLED | OOM_PENDING)
+    bench.exit(0, ExitReason.HYPERCALL, cpl=0, if_=0, arg0=HC_RESET)
+    bench.exit(1)
+    assert bench.entries[0].inject == Inject.RESET
+    assert bench.touch(FIRST + 50, 0) is not None
+    assert (bench.entries[0].inject, bench.entries[0].cr2) == (Inject.OUT_OF_MEMORY, 2), (
+        "the next one is told"
+    )
 
 
 def test_a_write_that_will_free_enough_is_waited_for() -> None:

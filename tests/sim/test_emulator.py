@@ -210,6 +210,28 @@ def test_a_block_that_cannot_be_read_costs_one_task() -> None:
 
 @pytest.mark.parametrize(
     ("profile", "mode"),
+    [
+        ("mainline", "sync"),
+        ("mainline", "interrupt"),
+        ("mainline", "halt"),
+        ("v7", "exception"),
+        ("v3", "exception"),
+    ],
+)
+@pytest.mark.parametrize(
+    "faults", [(), (FaultPlan("kill", 0, 3), FaultPlan("restart", 0, 80))], ids=["calm", "faults"]
+)
+def test_a_full_swap_costs_the_larger_task(profile: str, mode: str, faults: tuple[FaultPlan, ...]) -> None:
+    emulator, kinds = events_of(small(*faults, profile=profile, mode=mode, daemons=(DaemonPlan(12, 10, 60),)))
+    assert emulator.faults.fired == Counter(fault.kind for fault in faults)
+    victims = [int(e["a"]) for e in emulator.log.events() if e["kind"] == Kind.G_OOM_VICTIM]
+    assert victims == [1]
+    assert kinds[Kind.TASK_KILLED] == kinds[Kind.TASK_DONE] == 1
+    assert emulator.log.counts[HostCounter.OOM_KILLS] == 1
+
+
+@pytest.mark.parametrize(
+    ("profile", "mode"),
     [("mainline", "interrupt"), ("mainline", "halt"), ("v7", "exception"), ("v3", "exception")],
 )
 def test_guests_go_on_in_a_fresh_set(profile: str, mode: str) -> None:

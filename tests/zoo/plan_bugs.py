@@ -7,6 +7,8 @@ from dataclasses import replace
 from typing import Any, Final
 
 from host import events as ev
+from host.giveback import GiveBack
+from host.kernels import HPT_READING
 from host.swap import SwapMachine
 from launcher.sim_verdict import run_plan
 from sim.daemons import Daemons
@@ -60,6 +62,19 @@ def with_long_stays(plan: SimPlan) -> SimPlan:
     )  # fmt: skip
 
 
+def with_a_full_swap(plan: SimPlan) -> SimPlan:
+    """A process with threads on both vCPUs, and checked tasks beside it, on too little memory and swap for all."""
+    tasks = (
+        TaskPlan("bm", 0, 56, 0, fault_threads=2, work_threads=2),
+        *(TaskPlan("stamp", cpu, 24, 400, 90) for cpu in (0, 1)),
+    )
+    vm = VmPlan(2, pages_needed(tasks) + 8, 100, False, False, tasks)
+    return replace(
+        plan, vms=(vm,), daemons=(DaemonPlan(30, 200, 3_000),), frames=84, low=8, high=16, populate=1, faults=(), zero_pages=False,
+        calm_us=1_000_000, stop_us=60_000,
+    )  # fmt: skip
+
+
 # -- bugs ------------------------------------------------------------------------------------------------------
 def done_again(original: Any) -> Any:
     def accept(self: RequestQueue, requests: Any, settled: int, now_ns: int) -> Any:
@@ -98,11 +113,30 @@ def said_already(_self: Daemons, _d: int, _epoch: int) -> None:
     return
 
 
+def frees_at_once(original: Any) -> Any:
+    def take(self: GiveBack, vm: int, hvp: int, frames: list[int]) -> bool:
+        reading = int(self._m.frame_of[hvp]) if self._m.state[hvp] == HPT_READING else -1
+        held = bool(original(self, vm, hvp, frames))
+        if reading >= 0:
+            self._m.free_slot(self._landing.pop(reading))
+            frames.append(reading)
+        return held
+
+    return take
+
+
+def landed_nowhere(self: GiveBack, event: ev.SwapInDone) -> bool:
+    return bool(self._m.state[event.hvp] != HPT_READING or self._m.frame_of[event.hvp] != event.frame)
+
+
 BUGS: Final = (
     Bug("D-11", "a request that comes twice is done twice", "found by the first plans with copies", "drawn", (),
         (Patch(RequestQueue, "accept", done_again(RequestQueue.accept)),), (plans("with copies", with_copies),)),
     Bug("D-12", "a request that was lost is never asked for again", "found by the first plans with losses", "drawn", (),
         (Patch(SwapMachine, "__init__", handlers_without_a_second_look(SwapMachine.__init__)),), (plans("with a loss", with_a_loss),)),
+    Bug("D-14", "the landing frame of a page that was given back is used again at once", "of our own making", "drawn", (),
+        (Patch(GiveBack, "_take", frees_at_once(GiveBack._take)), Patch(GiveBack, "landed", landed_nowhere)),
+        (plans("with a full swap", with_a_full_swap),)),
     Bug("D-13", "a daemon's successor comes before the fence", "of our own making", "drawn", (),
         (Patch(Daemons, "_die", succeeds_at_once(Daemons._die)), Patch(Daemons, "_fenced", said_already)),
         (plans("with many deaths", with_many_deaths),)),
