@@ -75,8 +75,14 @@ class SwapdShell:
         self.leaving = False
         self.context = link.new_context()
         self._opened.callback(self.context.destroy)
-        endpoint = ctx.tcp_endpoint if spec.transport == "tcp" else ctx.endpoint
-        self.socket = link.connect_dealer(self.context, endpoint, link.swapd_identity(daemon, epoch, ctx.key))
+        identity = link.swapd_identity(daemon, epoch, ctx.key)
+        tcp = spec.transport == "tcp"
+        self.socket = link.connect_dealer(
+            self.context,
+            ctx.tcp_endpoint if tcp else ctx.endpoint,
+            identity,
+            link.tcp_password(ctx.key) if tcp else b"",
+        )
         self.poller = zmq.Poller()
         self.poller.register(self.socket, zmq.POLLIN)
         self.service.register(self.poller)
