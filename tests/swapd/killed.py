@@ -130,6 +130,21 @@ class World:
         self._feed(self.swap, ev.DaemonLost(0, self.epoch))
         return flight
 
+    def stop(self) -> set[tuple[int, int]]:
+        """SIGSTOP: the daemon at work stands still. Returns the frames and slots that it was told, as (frame, slot)."""
+        os.kill(self.pids[self.epoch], signal.SIGSTOP)
+        return self.named()
+
+    def named(self) -> set[tuple[int, int]]:
+        """Frames and slots of unanswered requests."""
+        return {(one.frame, one.slot) for one in self.swap.daemons[0].out.values()}
+
+    def free(self) -> tuple[set[int], set[int]]:
+        """Frames and slots that may be given to anybody."""
+        daemon = self.swap.daemons[0]
+        frames = set(self.vm.free[: self.vm.free_count].tolist())
+        return frames, set(daemon.free[: daemon.free_count].tolist())
+
     def fence(self) -> None:
         """As the launcher does between the death and the successor."""
         self.land()
