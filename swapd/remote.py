@@ -168,11 +168,15 @@ class RemoteShell:
                 parts = self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            try:
-                self._receive(parts)
-            except WireError as error:
-                self.bad_messages += 1
-                self._send(parts[0], wire.NackMsg(error.code, error.kind, error.text))
+            self.take(parts)
+
+    def take(self, parts: Sequence[bytes]) -> None:
+        """One message, whoever sent it, whatever it is; routing id first."""
+        try:
+            self._receive(parts)
+        except WireError as error:
+            self.bad_messages += 1
+            self._send(parts[0], wire.NackMsg(error.code, error.kind, error.text))
 
     def _receive(self, parts: Sequence[bytes]) -> None:
         identity = parts[0]
