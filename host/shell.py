@@ -34,6 +34,7 @@ from host.schedule import Guest, Schedule
 from host.setup import ShellObserver, build_machines, memslots
 from host.swap import op_of
 from proto import atomics, link, wire
+from proto.door import Door, guard_with_password
 from proto.layout import (
     CTL_ABORT,
     CTL_BARRIER,
@@ -243,10 +244,15 @@ class HostShell:
         self.context = link.new_context()
         self._opened.callback(self.context.destroy)
         self.router = link.bind_router(self.context, self.ctx.endpoint)
-        if self.ctx.tcp_endpoint:
-            self.router.bind(self.ctx.tcp_endpoint)
         self.poller = zmq.Poller()
         self.poller.register(self.router, zmq.POLLIN)
+        self.door: Door | None = None
+        if self.ctx.tcp_endpoint:
+            # Every user of the machine can connect to the port; the ipc socket lies in a directory of the user's own.
+            self.door = Door(self.context, password=link.tcp_password(self.ctx.key))
+            self.poller.register(self.door.socket, zmq.POLLIN)
+            guard_with_password(self.router)
+            self.router.bind(self.ctx.tcp_endpoint)
         slots = [file.slots for file in self.ctx.swap_files]
         self.remote = RemoteDaemons(
             self,
@@ -272,6 +278,8 @@ class HostShell:
         if self.poller.poll(self._timeout_ms(now)):
             self._drain()
             self.remote.drain()
+            if self.door is not None and (refused := self.door.answer()):
+                self.obs.count(HostCounter.BAD_MESSAGES, len(refused))
         now = time.monotonic_ns()
         if self.outbox:
             self.outbox.retry()

@@ -21,11 +21,13 @@ from typing import Any, Final, NamedTuple
 from host import logged
 from proto import inputlog
 from proto.errors import UserError
+from proto.files import is_there, read_regular
 from proto.inputlog import Call, InputLog, Op
 from proto.machine import Machine
 from proto.records import RecordTypes
 from proto.rerun import Difference, Rerun, Tape
 from proto.topology import Topology
+from report.check.source import RUN_JSON_BYTES_MAX
 
 OK, DIFFERENT = 0, 1
 WIDTH: Final = 10
@@ -100,7 +102,7 @@ def replay(
 ) -> Replayed:
     """Run the machines of a role again; prints the calls in ``shown``. ``part``: set of processes. Raises UserError."""
     role = ROLES[role_name]
-    record = _run_record(run_dir)
+    record = run_record(run_dir)
     topology, slots = _topology(run_dir, record), _slots(run_dir, record)
     log = InputLog(inputlog.path_of(run_dir, role_name, part))
     try:
@@ -119,17 +121,17 @@ def replay(
 
 
 # -- the run that was recorded ------------------------------------------------------------------------------
-def _run_record(run_dir: Path) -> dict[str, Any]:
+def run_record(run_dir: Path) -> dict[str, Any]:
+    """What run.json of a run says, with a topology. UserError for a file that is none."""
     path = run_dir / "run.json"
-    try:
-        record = json.loads(path.read_bytes())
-    except OSError as error:
+    if not is_there(path):
         raise UserError(
-            f"not a run directory: {error.strerror}",
-            where=str(path),
-            allowed="the directory of a run with --log-inputs",
-        ) from error
-    except ValueError as error:
+            "not a run directory", where=str(path), allowed="the directory of a run with --log-inputs"
+        )
+    data = read_regular(path, "run.json", RUN_JSON_BYTES_MAX, "that of a run with --log-inputs")
+    try:
+        record = json.loads(data)
+    except (ValueError, RecursionError) as error:
         raise UserError("run.json is damaged", where=str(path)) from error
     if not isinstance(record, dict) or not isinstance(record.get("topology"), dict):
         raise UserError("run.json is damaged", where=str(path), key="topology")

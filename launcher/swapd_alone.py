@@ -234,7 +234,14 @@ class _Supervisor:
         self._endpoint = Endpoint(host, port)
 
     def run(self) -> int:
-        """Until a signal, or until there may be no further start; returns the exit code."""
+        """Until a signal, until there may be no further start, or until the file cannot be fenced or numbered; returns the exit code."""
+        try:
+            return self._serve()
+        except (OSError, SwapFileError) as error:
+            say(f"failed: {error}")
+            return FAILED
+
+    def _serve(self) -> int:
         file = self._kept.file
         way = "direct I/O" if file.direct else "through the page cache"
         guard = (

@@ -1,11 +1,11 @@
-"""CURVE: key files, which addresses need keys, and the door of a listening socket.
+"""CURVE: key files, and which addresses need keys.
 
 Purpose: a link that leaves this machine is encrypted, and both of its ends know the other's public key. A key pair is two small TOML
-files: NAME.key (public and secret, stays where it is) and NAME.pub (public, for the other side). `Door` answers ZeroMQ's question
-whether a client may come in (ZAP) from a list of public keys.
+files: NAME.key (public and secret, stays where it is) and NAME.pub (public, for the other side). Whether a client may come in says
+proto/door.py.
 
 Invariants: a secret key is never shown; a secret key that others may read is refused; without a key and a list of clients nothing
-listens on, and nothing connects to, an address beyond loopback; a client is let in only if it proved a key on the list.
+listens on, and nothing connects to, an address beyond loopback.
 
 Not handled here: who may listen on what (launcher/swapd_alone.py), DNS: a name other than localhost counts as beyond loopback.
 """
@@ -17,13 +17,14 @@ import os
 import re
 import struct
 import tomllib
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import zmq
 from zmq.utils import z85
 
+from proto import door
 from proto.errors import UserError
 
 PAIR_SUFFIX: Final = ".key"
@@ -33,9 +34,6 @@ KEY_CHARS: Final = 40
 """32 bytes in Z85."""
 PORT_MAX: Final = 65_535
 MADE_BY: Final = "made by `launch.py keys NAME`"
-ZAP_ENDPOINT: Final = "inproc://zeromq.zap.01"
-ZAP_VERSION: Final = b"1.0"
-ZAP_PER_TURN: Final = 64
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _ENDPOINT: Final = re.compile(r"tcp://(\[[0-9A-Fa-f:.]+\]|[^\[\]:/*]+|\*):([0-9]{1,5})")
 
@@ -221,11 +219,11 @@ def _key_of(value: object) -> bytes | None:
 
 
 def serve_with(socket: Socket, pair: KeyPair) -> None:
-    """Before bind: only clients with CURVE, which `Door` then looks at."""
+    """Before bind: only clients with CURVE, which a `proto.door.Door` then looks at."""
     socket.setsockopt(zmq.CURVE_SERVER, 1)
     socket.setsockopt(zmq.CURVE_SECRETKEY, pair.secret)
     socket.setsockopt(zmq.CURVE_PUBLICKEY, pair.public)
-    socket.setsockopt(zmq.ZAP_DOMAIN, b"asyncpf")
+    socket.setsockopt(zmq.ZAP_DOMAIN, door.DOMAIN)
 
 
 def connect_with(socket: Socket, pair: KeyPair, server: bytes) -> None:
@@ -233,45 +231,3 @@ def connect_with(socket: Socket, pair: KeyPair, server: bytes) -> None:
     socket.setsockopt(zmq.CURVE_SERVERKEY, server)
     socket.setsockopt(zmq.CURVE_SECRETKEY, pair.secret)
     socket.setsockopt(zmq.CURVE_PUBLICKEY, pair.public)
-
-
-class Door:
-    """ZeroMQ's authentication protocol (RFC 27) for one context: clients with a key on the list come in, nobody else.
-
-    To be made before the listening socket is bound, and `answer` called whenever `socket` is readable.
-    """
-
-    def __init__(self, context: Context, allowed: Collection[bytes]) -> None:
-        """allowed: public keys in Z85."""
-        self.admitted = 0
-        self.refused = 0
-        self._allowed = frozenset(allowed)
-        self.socket: Socket = context.socket(zmq.REP)
-        self.socket.setsockopt(zmq.LINGER, 0)
-        self.socket.bind(ZAP_ENDPOINT)
-
-    def answer(self) -> list[str]:
-        """Answer what was asked; who was refused, in words."""
-        refused = []
-        for _ in range(ZAP_PER_TURN):
-            try:
-                parts: list[Any] = self.socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                break
-            request_id = parts[1] if len(parts) > 1 else b""
-            address = parts[3].decode(errors="replace") if len(parts) > 3 else "?"
-            # version, request id, domain, address, identity, mechanism, the client's public key
-            is_curve = len(parts) == 7 and parts[0] == ZAP_VERSION and parts[5] == b"CURVE"
-            key = z85.encode(parts[6]) if is_curve and len(parts[6]) == 32 else b""
-            if key and key in self._allowed:
-                self.admitted += 1
-                self.socket.send_multipart([ZAP_VERSION, request_id, b"200", b"OK", b"", b""])
-                continue
-            self.refused += 1
-            refused.append(f"{address} with key {key.decode()}" if key else f"{address} without a key")
-            self.socket.send_multipart([ZAP_VERSION, request_id, b"400", b"not on the list", b"", b""])
-        return refused
-
-    def close(self) -> None:
-        """Nobody new comes in."""
-        self.socket.close()

@@ -19,6 +19,7 @@ from typing import Final
 
 import zmq
 
+from proto.door import enter_with_password
 from proto.units import MAX_VCPUS
 
 LINGER_MS: Final = 200
@@ -43,6 +44,11 @@ def new_key() -> bytes:
 
 def _sealed(name: bytes, key: bytes) -> bytes:
     return name + hashlib.blake2b(name, digest_size=SEAL_BYTES, key=key).digest()
+
+
+def tcp_password(key: bytes) -> bytes:
+    """What the run's own daemons behind loopback tcp say at the door. The secret itself cannot be found out from it."""
+    return hashlib.blake2b(b"tcp", digest_size=SEAL_BYTES, key=key).hexdigest().encode()
 
 
 def launcher_identity(key: bytes = b"") -> bytes:
@@ -100,11 +106,13 @@ def bind_router(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> zmq.S
 
 
 def connect_dealer(
-    context: zmq.Context[zmq.Socket[bytes]], endpoint: str, identity: bytes
+    context: zmq.Context[zmq.Socket[bytes]], endpoint: str, identity: bytes, password: bytes = b""
 ) -> zmq.Socket[bytes]:
-    """A peer's socket."""
+    """A peer's socket. password: for the host's door on tcp."""
     socket = context.socket(zmq.DEALER)
     _options(socket)
+    if password:
+        enter_with_password(socket, password)
     socket.setsockopt(zmq.IDENTITY, identity)
     socket.connect(endpoint)
     return socket

@@ -76,7 +76,7 @@ def _options(socket: Socket) -> None:
 def listen(context: Context, fd: int, endpoint: Endpoint, pair: KeyPair | None) -> tuple[Socket, Socket]:
     """(ROUTER, monitor of failed handshakes) on a listening socket that is there already; it belongs to the ROUTER from now on.
 
-    With a key, a `curve.Door` of the same context must exist before.
+    With a key, a `proto.door.Door` of the same context must exist before.
     """
     socket = context.socket(zmq.ROUTER)
     _options(socket)

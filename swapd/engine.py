@@ -318,7 +318,7 @@ def open_engine(kind: str, fd: int, memory: np.ndarray, queue_depth: int = DEFAU
     try:
         return Engine(backend, slots, frames, why=why)
     except BaseException:
-        backend.close(0, 0)
+        backend.close(0, CLOSE_TIMEOUT_NS)
         raise
 
 

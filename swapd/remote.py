@@ -26,8 +26,9 @@ from typing import Final
 
 import zmq
 
-from proto import curve, link, remote, wire
+from proto import link, remote, wire
 from proto.curve import Endpoint, KeyPair
+from proto.door import Door
 from proto.topology import Swapd
 from proto.wire import Nack, WireError
 from swapd.engine import open_engine
@@ -123,7 +124,7 @@ class RemoteShell:
         self._unsaid = ""
         self.context = link.new_context()
         self._opened.callback(self.context.destroy)
-        self.door = curve.Door(self.context, given.allowed) if given.pair is not None else None
+        self.door = Door(self.context, keys=given.allowed) if given.pair is not None else None
         self.socket, self.monitor = remote.listen(self.context, given.listen_fd, given.endpoint, given.pair)
         self.poller = zmq.Poller()
         self.poller.register(self.socket, zmq.POLLIN)
@@ -167,11 +168,15 @@ class RemoteShell:
                 parts = self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            try:
-                self._receive(parts)
-            except WireError as error:
-                self.bad_messages += 1
-                self._send(parts[0], wire.NackMsg(error.code, error.kind, error.text))
+            self.take(parts)
+
+    def take(self, parts: Sequence[bytes]) -> None:
+        """One message, whoever sent it, whatever it is; routing id first."""
+        try:
+            self._receive(parts)
+        except WireError as error:
+            self.bad_messages += 1
+            self._send(parts[0], wire.NackMsg(error.code, error.kind, error.text))
 
     def _receive(self, parts: Sequence[bytes]) -> None:
         identity = parts[0]

@@ -31,6 +31,9 @@ from swapd.timer import Timer
 TCP_BUFFERS: Final = 1024
 """Pages under way on a tcp link: several times the host's window, so that a buffer is always free."""
 
+PAGES_PER_REPLY: Final = 16
+"""ZeroMQ counts messages, not bytes: with this at most 64 MiB (`link.HWM` messages) are kept for a host that reads no replies."""
+
 UNDER_WAY_MAX: Final = 4096
 """Requests under way on an ipc link: 16 times the host's window, and what the engine has room for."""
 
@@ -197,8 +200,9 @@ class Service:
         return buffer
 
     def _answer(self, replies: Sequence[Reply]) -> None:
-        for first in range(0, len(replies), wire.BATCH_MAX):
-            batch = replies[first : first + wire.BATCH_MAX]
+        most = wire.BATCH_MAX if self.buffers is None else PAGES_PER_REPLY
+        for first in range(0, len(replies), most):
+            batch = replies[first : first + most]
             records = np.array([(r.id, r.result, r.service_ns) for r in batch], wire.DONE_DTYPE)
             self._clock.lamport += 1
             message = wire.IoDone(self.epoch, self._clock.lamport, records)

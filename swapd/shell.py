@@ -83,7 +83,9 @@ class SwapdShell:
         self.leaving = False
         self.context = link.new_context()
         self._opened.callback(self.context.destroy)
-        self.endpoint = ctx.tcp_endpoint if spec.transport == "tcp" else ctx.endpoint
+        tcp = spec.transport == "tcp"
+        self.endpoint = ctx.tcp_endpoint if tcp else ctx.endpoint
+        self.password = link.tcp_password(ctx.key) if tcp else b""
         self.poller = zmq.Poller()
         self.service.register(self.poller)
         self.socket: zmq.Socket[bytes] | None = None
@@ -102,7 +104,7 @@ class SwapdShell:
 
     def _connect(self) -> None:
         identity = link.swapd_identity(self.daemon, self.epoch, self.ctx.key)
-        self.socket = link.connect_dealer(self.context, self.endpoint, identity)
+        self.socket = link.connect_dealer(self.context, self.endpoint, identity, self.password)
         self.poller.register(self.socket, zmq.POLLIN)
         self.welcome = False
         self.hello_due_ns = 0

@@ -223,17 +223,18 @@ def test_neither_strangers_nor_former_daemons_get_a_page_or_a_token(runner: Runn
     run = runner.start("run", str(path), "--json", "--seconds", "5", out=out, program=KNOWN_KEY)
     run.wait_for(": running")
     endpoint = f"ipc://{out / 'h'}"
-    refused = 0
+    refused = former = 0
     with _peers(endpoint, _pretenders()) as pretenders:
-        # They are there before the successor is: nobody takes its place.
+        # They are there before the successor is, and while the daemon is stopped: nobody takes its place.
         for round_ in range(2):
+            former = run.pid_of("swapd-0")
+            os.kill(former, signal.SIGSTOP)
             for pretender in pretenders:
                 for message in _claims(1):
                     pretender.say(wire.encode(message))
                 assert set(pretender.codes(len(_claims(1)))) == {Nack.STRANGER}
                 refused += len(_claims(1))
             if round_ == 0:
-                former = run.pid_of("swapd-0")
                 os.kill(former, signal.SIGKILL)
                 _wait_for_successor(run, former)
         # The former daemon's own routing id, with its secret: what it says is of the old epoch.
@@ -250,6 +251,7 @@ def test_neither_strangers_nor_former_daemons_get_a_page_or_a_token(runner: Runn
             old.say(wire.encode(wire.IoDone(1, 1, DONE_RECORDS)))
             assert old.codes(1) == [Nack.STALE_EPOCH]
             refused += 1
+        os.kill(former, signal.SIGCONT)
     ended = run.end()
     assert ended.code == 0, ended.stderr
     summary = ended.summary

@@ -23,16 +23,17 @@ from guest.registers import Registers
 from host.setup import memslots
 from host.slots import Memslot, Slots
 from host.state import VcpuState
-from launcher import lackey, reuse
+from launcher import lackey, replay, reuse
 from launcher.restart import check_identity
+from proto import curve, inputlog, link, overrides, remote, topology, trace, trace_live, tracefile, wire
 from proto import image as image_format
-from proto import inputlog, link, overrides, topology, trace, trace_live, tracefile, wire
 from proto.errors import UserError
 from proto.image import HEADER, HEADER_BYTES, ImageReader
 from proto.topology import Topology
 from report.check import api, source
 from report.check.verdict import render
 from sim import plan, scenario_file
+from swapd import kept_file
 from tests.fuzz import messages, seeds, shells
 
 ROOT: Final = Path(__file__).resolve().parents[2]
@@ -108,6 +109,45 @@ def _daemon(number: int) -> Run:
                 daemon.turn(parts)
 
     return run
+
+
+def _elsewhere(data: bytes, folder: Path) -> None:
+    """Identities are those of `messages.HOSTS`."""
+    with shells.ElsewhereUnderTest(folder) as daemon:
+        for identity, parts in messages.unpack(data, messages.HOSTS):
+            daemon.turn(identity, parts)
+
+
+def _session(data: bytes, _: Path) -> None:
+    session = remote.session_of(data)
+    if session is not None:
+        assert remote.host_identity(session) == data
+
+
+def _kept_header(data: bytes, _: Path) -> None:
+    header = kept_file.Header.unpack(data)
+    if header is not None:
+        assert kept_file.Header.unpack(header.pack()) == header
+
+
+def _endpoint(data: bytes, _: Path) -> None:
+    found = curve.parse_endpoint(data.decode(errors="surrogateescape"))
+    if found is not None:
+        assert 0 <= found.port <= curve.PORT_MAX
+        assert found.is_loopback in (True, False)
+        assert curve.parse_endpoint(str(found)) == found
+
+
+def _key_file(data: bytes, folder: Path) -> None:
+    path = _file(data, folder, "input.key")
+    path.chmod(0o600)
+    curve.read_public(path, "--allow")
+    curve.read_pair(path, "--key")
+
+
+def _replay_record(data: bytes, folder: Path) -> None:
+    _file(data, folder, "run.json")
+    replay.run_record(folder)
 
 
 # -- event files, recordings, checks --------------------------------------------------------------------------------------------
@@ -336,6 +376,12 @@ HARNESSES: Final[dict[str, Harness]] = {
     "host": Harness(_host, (), seeds.host_talks, base_bytes=48 * MIB),
     "swapd-ipc": Harness(_daemon(0), (), seeds.daemon_talks(0), base_bytes=24 * MIB),
     "swapd-tcp": Harness(_daemon(1), (), seeds.daemon_talks(1), base_bytes=24 * MIB),
+    "swapd-elsewhere": Harness(_elsewhere, (), seeds.elsewhere_talks, base_bytes=24 * MIB),
+    "session": Harness(_session, (), seeds.sessions),
+    "kept-header": Harness(_kept_header, (), seeds.kept_headers),
+    "endpoint": Harness(_endpoint, (), seeds.endpoints, text=True),
+    "key-file": Harness(_key_file, _USER, seeds.key_files, text=True),
+    "replay-run-json": Harness(_replay_record, _USER, seeds.run_jsons, text=True),
     "trace": Harness(_trace, _USER, seeds.event_files),
     "trace-live": Harness(_trace_live, _USER, seeds.event_files),
     "check": Harness(_check, _USER, seeds.event_files, base_bytes=64 * MIB),

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from proto import link, wire
+from proto import link, remote, wire
 from proto.units import PAGE_SIZE
 
 TURN: Final = struct.Struct("<BBH")
@@ -20,6 +20,15 @@ IDENTITIES: Final = (
     link.vcpu_identity(0), link.vcpu_identity(1), link.swapd_identity(0, 0), link.swapd_identity(1, 0), link.launcher_identity(),
     link.swapd_identity(0, 1), link.vcpu_identity(2), b"stranger", b"", link.swapd_identity(9, 0xFFFF_FFFF),
 )  # fmt: skip
+HOSTS: Final = (
+    remote.host_identity(7),
+    remote.host_identity(8),
+    b"H" + bytes(8),
+    b"stranger",
+    b"",
+    link.swapd_identity(0, 0),
+)
+"""Of a daemon elsewhere."""
 V0, V1, S0, S1, L = range(5)
 WIDTHS: Final = {"B": 8, "H": 16, "I": 32, "Q": 64}
 
@@ -33,7 +42,7 @@ def pack(turns: Sequence[tuple[int, Any, int]]) -> bytes:
     return out
 
 
-def unpack(data: bytes) -> Iterator[tuple[bytes, list[bytes]]]:
+def unpack(data: bytes, identities: Sequence[bytes] = IDENTITIES) -> Iterator[tuple[bytes, list[bytes]]]:
     """(identity, parts), at most TURNS_MAX; what is cut off is said as far as it is there."""
     at = 0
     for _ in range(TURNS_MAX):
@@ -45,7 +54,17 @@ def unpack(data: bytes) -> Iterator[tuple[bytes, list[bytes]]]:
         if pages & 8:
             parts[-1] = parts[-1][:-1]
         at += size
-        yield IDENTITIES[who % len(IDENTITIES)], parts
+        yield identities[who % len(identities)], parts
+
+
+def ordinary_elsewhere() -> list[tuple[int, Any, int]]:
+    """What a host says to a daemon elsewhere, in its first incarnation, while another one knocks."""
+    write = np.array([(3, 1, 0, 5)], wire.IO_DTYPE)
+    read = np.array([(4, 0, 1, 5), (6, 0, 2, 6)], wire.IO_DTYPE)
+    return [
+        (0, wire.Attach(7), 0), (0, wire.Welcome(1, 1), 0), (1, wire.Attach(8), 0), (0, wire.Io(1, 1, 2, write), 1),
+        (0, wire.Io(1, 2, 4, read), 0), (1, wire.Io(1, 2, 4, read), 0), (0, wire.Ping(1, 1), 0), (0, wire.Bye(0), 0),
+    ]  # fmt: skip
 
 
 def largest(kind: wire.Kind, records: int = 1) -> Any:

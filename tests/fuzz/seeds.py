@@ -11,6 +11,7 @@ from typing import Any, Final
 import msgpack
 import numpy as np
 import xxhash
+import zmq
 
 from guest.registers import Registers
 from proto import image as image_format
@@ -19,6 +20,7 @@ from proto.topology import Topology
 from proto.tracewriter import TraceWriter
 from sim import plan
 from sim.draw import draw
+from swapd import kept_file
 from tests.fuzz import messages
 
 ROOT: Final = Path(__file__).resolve().parents[2]
@@ -77,6 +79,35 @@ def daemon_talks(number: int) -> Callable[[], list[bytes]]:
         return [messages.pack(ordinary), messages.pack(ordinary[:-1] + wild)]
 
     return talks
+
+
+def elsewhere_talks() -> list[bytes]:
+    ordinary = messages.ordinary_elsewhere()
+    wild = [
+        (who, messages.largest(kind), 1) for kind in wire.Kind if kind is not wire.Kind.BYE for who in (0, 1)
+    ]
+    return [messages.pack(ordinary), messages.pack(ordinary[:-1] + wild[:50])]
+
+
+def sessions() -> list[bytes]:
+    return [*messages.HOSTS, b"H" * 9]
+
+
+def kept_headers() -> list[bytes]:
+    boot = "01234567-89ab-cdef-0123-456789abcdef"
+    whole = kept_file.Header(1 << 63, 3, 7, 64, boot).pack()
+    fields = whole[: kept_file._FIELDS.size]
+    wild = fields.replace(boot.encode(), b"\xff" * 36)
+    return [whole, wild + xxhash.xxh3_64_digest(wild) + bytes(4096 - len(wild) - 8), whole[:100]]
+
+
+def endpoints() -> list[bytes]:
+    return [b"tcp://127.0.0.1:5000", b"tcp://[::1]:0", b"tcp://*:65535", b"tcp://some.example:1", b"ipc://h"]
+
+
+def key_files() -> list[bytes]:
+    public, secret = (half.decode() for half in zmq.curve_keypair())
+    return [f'public = "{public}"\nsecret = "{secret}"\n'.encode(), f'public = "{public}"\n'.encode()]
 
 
 def event_files() -> list[bytes]:

@@ -7,7 +7,9 @@ are as after their start: nobody has said anything yet.
 from __future__ import annotations
 
 import dataclasses
+import mmap
 import os
+import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,10 +20,13 @@ import zmq
 from host.remote import RemoteDaemons
 from host.shell import HostShell
 from proto import segments, wire
+from proto.curve import Endpoint
 from proto.run import RunContext, SwapFileInfo
 from proto.segments import Segment
 from proto.topology import Host, Run, Swapd, Topology, Vm
 from proto.units import PAGE_SIZE
+from swapd.kept_file import open_kept
+from swapd.remote import Incarnation, RemoteShell
 from swapd.shell import SwapdShell
 
 SLOTS: Final = 64
@@ -91,6 +96,50 @@ class _Daemon(_Quiet, SwapdShell):
         """One message, and what the device has done by then."""
         self.take(list(parts))
         self.service.turn({})
+
+
+class _Elsewhere(_Quiet, RemoteShell):
+    def __init__(self, given: Incarnation) -> None:
+        _Quiet.__init__(self)
+        RemoteShell.__init__(self, given)
+
+    def _send(self, identity: bytes, message: Any, pages: Sequence[bytes] = ()) -> None:  # noqa: ARG002
+        wire.encode(message)
+        assert all(len(page) == PAGE_SIZE for page in pages)
+        self.sent.append(message)
+
+    def turn(self, identity: bytes, parts: Sequence[bytes]) -> None:
+        """One message, and what the device has done by then."""
+        self.take([identity, *parts])
+        self.service.turn({})
+
+
+class ElsewhereUnderTest:
+    """A daemon elsewhere; `turn(identity, parts)` as if a host had sent them. Its socket is there, and nobody knows of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "elsewhere"
+        self._kept = open_kept(self._path, SLOTS, allow_tmpfs=True)
+        listener = socket.socket()
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(1)
+        endpoint = Endpoint("127.0.0.1", listener.getsockname()[1])
+        header = self._kept.next_epoch(keep_session=False)
+        self.shell = _Elsewhere(
+            Incarnation(
+                listener.detach(), endpoint, self._kept, header, Swapd(), "pread", 0, None, frozenset(),
+                mmap.mmap(-1, mmap.PAGESIZE),
+            )
+        )  # fmt: skip
+        self.turn = self.shell.turn
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shell.close()
+        self._kept.close()
+        self._path.unlink()
 
 
 class _Run:

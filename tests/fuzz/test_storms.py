@@ -111,4 +111,5 @@ def test_a_storm_of_requests(number: int, tmp_path: Path) -> None:
         assert left - settled < 8 * GROWTH_BYTES_MAX
         shell.sent.clear()
         daemon.turn([wire.encode(wire.Ping(0, 7))])
-        assert shell.sent[-1] == wire.Pong(0, 7)
+        # An answer of the storm may come behind it.
+        assert any(isinstance(one, wire.Pong) and one == wire.Pong(0, 7) for one in shell.sent)

@@ -1,24 +1,18 @@
-"""Key files, addresses, and the door of a listening socket."""
+"""Key files and addresses."""
 
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import zmq
 from hypothesis import given
 from hypothesis import strategies as st
 from zmq.utils import z85
 
-from proto import curve, link
-from proto.curve import Door, Endpoint, KeyPair
+from proto import curve
+from proto.curve import Endpoint
 from proto.errors import UserError
-
-BOUND_MS = 10_000
-NOTHING_MS = 300
-"""How long nothing must arrive; a handshake takes a few milliseconds."""
 
 
 def mode_of(path: Path) -> int:
@@ -157,76 +151,3 @@ def test_addresses(text: str, endpoint: Endpoint, loopback: bool) -> None:
 )  # fmt: skip
 def test_what_is_no_address(text: str) -> None:
     assert curve.parse_endpoint(text) is None
-
-
-# -- the door
-
-
-@pytest.fixture
-def context() -> Iterator[curve.Context]:
-    made = link.new_context()
-    yield made
-    made.destroy(linger=0)
-
-
-def new_pair() -> KeyPair:
-    return KeyPair(*zmq.curve_keypair())
-
-
-def through(
-    context: curve.Context, door: Door, server: KeyPair, client: KeyPair | None, known: bytes
-) -> bool:
-    """Whether a message of the client arrives behind the door."""
-    listener = context.socket(zmq.ROUTER)
-    curve.serve_with(listener, server)
-    port = listener.bind_to_random_port("tcp://127.0.0.1")
-    sender = context.socket(zmq.DEALER)
-    if client is not None:
-        curve.connect_with(sender, client, known)
-    monitor = sender.get_monitor_socket()
-    sender.connect(f"tcp://127.0.0.1:{port}")
-    sender.send(b"hello")
-    poller = zmq.Poller()
-    for socket in (listener, door.socket, monitor):
-        poller.register(socket, zmq.POLLIN)
-    ended = 0
-    while True:
-        events = dict(poller.poll(NOTHING_MS if ended else BOUND_MS))
-        if door.socket in events:
-            door.answer()
-        if monitor in events:
-            event = int.from_bytes(monitor.recv_multipart()[0][:2], "little")
-            ended += event in (zmq.EVENT_DISCONNECTED, zmq.EVENT_HANDSHAKE_FAILED_AUTH)
-        arrived = listener in events
-        if arrived or not events or ended > 3:
-            sender.disable_monitor()
-            for socket in (monitor, listener, sender):
-                socket.close(linger=0)
-            return arrived
-
-
-def test_a_key_on_the_list_comes_in_and_no_other(context: curve.Context) -> None:
-    server, friend, stranger = new_pair(), new_pair(), new_pair()
-    door = Door(context, [friend.public])
-    assert through(context, door, server, friend, server.public)
-    assert (door.admitted, door.refused) == (1, 0)
-    assert not through(context, door, server, stranger, server.public)
-    assert door.refused > 0
-    assert door.admitted == 1
-    door.close()
-
-
-def test_without_a_key_or_with_another_servers_key_nothing_arrives(context: curve.Context) -> None:
-    server, friend = new_pair(), new_pair()
-    door = Door(context, [friend.public])
-    assert not through(context, door, server, None, b"")
-    assert not through(context, door, server, friend, new_pair().public)
-    assert door.admitted == 0
-    door.close()
-
-
-def test_an_empty_list_lets_nobody_in(context: curve.Context) -> None:
-    server, client = new_pair(), new_pair()
-    door = Door(context, [])
-    assert not through(context, door, server, client, server.public)
-    door.close()

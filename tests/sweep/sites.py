@@ -26,7 +26,18 @@ ROOT: Final = Path(__file__).resolve().parents[2]
 HOOK: Final = "__site__"
 COMPILED_BY_NUMBA: Final = {"kernel", "inline", "intrinsic"}
 FOLDERS: Final = ("host", "swapd")
-OF_PROTO: Final = ("curve", "files", "image", "inputlog", "link", "remote", "run", "segments", "trace_writer")
+OF_PROTO: Final = (
+    "curve",
+    "door",
+    "files",
+    "image",
+    "inputlog",
+    "link",
+    "remote",
+    "run",
+    "segments",
+    "trace_writer",
+)
 """What host and daemons use of proto/ that calls the system."""
 
 

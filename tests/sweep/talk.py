@@ -140,7 +140,7 @@ class Talk:
         far = Endpoint("127.0.0.1", port)
         self._keys = keys
         self.topology = Topology(
-            run=Run(mode="interrupt", profile="mainline"),
+            run=Run(mode="interrupt", profile="mainline", seconds=3600.0),
             host=Host(allowance_mib=1, populate_pages=4),
             vm=(Vm(vcpus=2, memory_mib=1),),
             swapd=(

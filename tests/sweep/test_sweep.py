@@ -27,7 +27,7 @@ NOT_REACHED: Final = {
     r"swapd\.engine Engine\.(submit|reap)": "requests of blocks that the file does not have, which no host of ours makes",
     r"swapd\.swapfile (_probe_by_trial|_time_of|scattered_reads|killed_reader|_reader_child)": "the probe before a run",
     r"proto\.curve (_private_folder|_write)": "`keys`",
-    r"proto\.curve Door\.answer": "the answer to a stranger: the harness has none (tests/swapd/test_remote.py)",
+    r"proto\.door Door\.answer": "the answer to a stranger: the harness has none (tests/swapd/test_remote.py)",
     r"proto\.files read_regular": "read by commands before a run",
     r"proto\.image ImageReader\.(__init__|check_pages)": "looked through before a run (tests/fuzz, tests/proto/test_image.py)",
     r"proto\.inputlog (InputLog\..*|ended_early)": "`replay` and the summary",
