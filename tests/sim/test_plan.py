@@ -55,7 +55,7 @@ PLAN = replace(draw(3), profile="mainline", mode="interrupt")
         ("vcpus = ", "vcpus = 0", "vcpus"),
         ("ops = ", "ops = 0 #", "stop_us"),
         ("memory_pages = ", "memory_pages = 10 #", "memory_pages"),
-        ("slots = ", "slots = 10 #", "daemon"),
+        ("slots = ", "slots = 0 #", "slots"),
         ('workload = "', 'workload = "x', "workload"),
     ],
 )
