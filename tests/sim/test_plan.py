@@ -75,7 +75,7 @@ def changed(plan: SimPlan, old: str, new: str) -> str:
         ("vcpus = ", "vcpus = 0", "vcpus"),
         ("ops = ", "ops = 0 #", "stop_us"),
         ("memory_pages = ", "memory_pages = 10 #", "memory_pages"),
-        ("slots = ", "slots = 10 #", "daemon"),
+        ("slots = ", "slots = 0 #", "slots"),
         ("replicas = 1", "replicas = 2", "replicas"),
         ("replicas = 1", "replicas = 3", "replicas"),
         ("hedge_us = 0", "hedge_us = -1", "hedge_us"),

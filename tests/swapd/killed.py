@@ -123,7 +123,7 @@ class World:
         """SIGKILL and reap the daemon at work. Returns what was in flight, by operation."""
         flight = self.in_flight()
         if self.slow_device:
-            self.late = [(one.op, one.frame, one.slot) for one in self.swap.daemons[0].out.values()]
+            self.late = [(one.op, one.frame, one.copy) for one in self.swap.daemons[0].out.values()]
         pid = self.pids.pop(self.epoch)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
@@ -137,13 +137,12 @@ class World:
 
     def named(self) -> set[tuple[int, int]]:
         """Frames and slots of unanswered requests."""
-        return {(one.frame, one.slot) for one in self.swap.daemons[0].out.values()}
+        return {(one.frame, one.copy) for one in self.swap.daemons[0].out.values()}
 
     def free(self) -> tuple[set[int], set[int]]:
         """Frames and slots that may be given to anybody."""
-        daemon = self.swap.daemons[0]
         frames = set(self.vm.free[: self.vm.free_count].tolist())
-        return frames, set(daemon.free[: daemon.free_count].tolist())
+        return frames, set(range(self.file.slots)) - set(self.swap.copies.blocks_used())
 
     def fence(self) -> None:
         """As the launcher does between the death and the successor."""
