@@ -68,6 +68,7 @@ def _mode(found: Sequence[Summary]) -> dict[str, Any]:
         "down_ms": _both([table["down_ms"] for table in tables]),
         "pages_ms": _both([table["pages_ms"] for table in tables]),
         "resume_ms": _both([table["resume_ms"] for table in tables]),
+        "resumes_cut": sum(table["resumes_cut"] for table in tables),
     }
 
 
@@ -109,7 +110,8 @@ def line(mode: str, one: Mapping[str, Any]) -> str:
     down = f"the daemon was away for {median_and_max(one['down_ms'])}"
     pages = f"after its return the last awaited page came within {median_and_max(one['pages_ms'])}"
     resumed = f"the last waiting task went on within {median_and_max(one['resume_ms'])}"
-    return f"{mode}: {runs}, 100 % = {before} units; {down}; {pages}, {resumed}"
+    cut = f", {one['resumes_cut']} times only after the next outage or the end" if one["resumes_cut"] else ""
+    return f"{mode}: {runs}, 100 % = {before} units; {down}; {pages}, {resumed}{cut}"
 
 
 def median_and_max(value: Mapping[str, float | None]) -> str:

@@ -63,7 +63,15 @@ def _draw(axes: Any, report: Mapping[str, Any], title: str) -> None:
     away, row_ms, rows = away_ms(report), report["row_ms"], report["rows"]
     if away:
         axes.axvspan(0, away, color="#e6e6e6", linewidth=0)
-        axes.text(away / 2, 4, "swapd is away", ha="center", va="bottom", color="#666666")
+        # In the lower half, between a line near 0 and one near 100 %.
+        axes.text(
+            away / 2,
+            0.25,
+            "swapd is away",
+            ha="center",
+            color="#666666",
+            transform=axes.get_xaxis_transform(),
+        )
     for mode in report["modes"]:
         values = [float("nan") if row[mode] is None else row[mode] for row in rows]
         edges = [row["ms"] for row in rows] + [rows[-1]["ms"] + row_ms] if rows else [0]

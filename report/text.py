@@ -79,7 +79,7 @@ def _outage(outage: Mapping[str, Any]) -> Iterator[str]:
         f"the last waiting task went on within {median_and_max(outage['resume_ms'])}"
     )
     cut = (
-        f", {outage['resumes_cut']} times not before the next outage or the end"
+        f", {outage['resumes_cut']} times only after the next outage or the end"
         if outage["resumes_cut"]
         else ""
     )

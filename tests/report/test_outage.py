@@ -16,7 +16,9 @@ from report.outage import FIRST_MS, LAST_MS, ROW_MS, away_ms, bar, contrast, ren
 NONE: dict[str, float | None] = {"median": None, "max": None}
 
 
-def summary(per_100ms: dict[int, float], *, before: float | None = 1000.0, down: float = 200.0) -> Any:
+def summary(
+    per_100ms: dict[int, float], *, before: float | None = 1000.0, down: float = 200.0, cut: int = 0
+) -> Any:
     """Of one run with one outage; rows that are not named are missing."""
     return {
         "outage": {
@@ -26,13 +28,14 @@ def summary(per_100ms: dict[int, float], *, before: float | None = 1000.0, down:
             "down_ms": {"median": down, "max": down + 1},
             "pages_ms": {"median": 2.0, "max": 2.5},
             "resume_ms": {"median": 3.0, "max": 4.5},
+            "resumes_cut": cut,
         }
     }
 
 
 def runs() -> dict[str, list[Any]]:
     sync = [summary({-100: 1000, 0: 50, 100: n, 200: 900}, down=down) for n, down in ((0, 210.5), (20, 190))]
-    other = [summary({-100: 2000, 0: 1990, 100: 2010.4, 200: 3000}, before=2000)]
+    other = [summary({-100: 2000, 0: 1990, 100: 2010.4, 200: 3000}, before=2000, cut=2)]
     return {"sync": sync, "interrupt": other}
 
 
@@ -50,7 +53,8 @@ work per 100 ms, % of that before the daemon ended; 0 ms: its end
 sync: 2 outages in 2 runs, 100 % = 1,000 units; the daemon was away for 200.2 ms (max 211.5); \
 after its return the last awaited page came within 2.0 ms (max 2.5), the last waiting task went on within 3.0 ms (max 4.5)
 interrupt: 1 outages in 1 runs, 100 % = 2,000 units; the daemon was away for 200.0 ms (max 201.0); \
-after its return the last awaited page came within 2.0 ms (max 2.5), the last waiting task went on within 3.0 ms (max 4.5)
+after its return the last awaited page came within 2.0 ms (max 2.5), the last waiting task went on within 3.0 ms (max 4.5), \
+2 times only after the next outage or the end
 not comparable: sync: the pace was not kept
 """
 
@@ -73,7 +77,7 @@ def test_rows_are_medians_and_trailing_empty_ones_go() -> None:
         summary({0: 5}, before=None),
         summary({0: 5}, before=0.0),
         {"outage": {"count": 0, "work_per_100ms_before": None, "work_by_ms": None, "down_ms": NONE, "pages_ms": NONE,
-                    "resume_ms": NONE}},
+                    "resume_ms": NONE, "resumes_cut": 0}},
     ],
     ids=["no table", "nothing before", "idle before", "no outage"],
 )  # fmt: skip
