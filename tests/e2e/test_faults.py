@@ -49,7 +49,7 @@ MIXED = """
 { do = "short_read", nth = 3 }
 { do = "write_error", nth = 3, times = 2 }
 { do = "no_space", on = "swapd-1", after = 0.2 }
-{ do = "bit_flip", on = "swapd-0", nth = 4 }
+{ do = "bit_flip", on = "swapd-0", nth = 4, times = 3 }
 """
 HARMLESS_KINDS = {kind for kind in KINDS if kind not in ("bad_block", "device_gone")}
 
@@ -76,7 +76,8 @@ def test_many_kinds_at_once_happen_are_on_record_and_cost_nothing(runner: Runner
     assert [row["failed"] for row in rows] == [""] * len(rows)
     assert summary["integrity"]["reads_checked"] > 0
     assert summary["integrity"]["errors"] == 0
-    assert summary["integrity"]["checksum_errors"] >= 1, "the wrong bit was noticed"
+    # Not each: with an answer that is lost the wrong bit is, too.
+    assert summary["integrity"]["checksum_errors"] >= 1
     assert summary["tasks"]["killed"] == summary["totals"]["machine_checks"] == 0
     assert summary["totals"]["io_retries"] > 0
     assert summary["check"]["violations"] == {}
