@@ -63,8 +63,8 @@ def reached(court: Court, saved: Saved) -> tuple[dict[Site, int], dict[Site, int
     return court.reached(None), court.reached(saved)
 
 
-def test_every_call_that_looks_like_input_and_output_is_judged() -> None:
-    assert Sweep().unknown == []
+def test_every_call_that_looks_like_input_and_output_is_judged(court: Court) -> None:
+    assert court.sweep.unknown == []
 
 
 def test_what_is_not_reached_has_a_reason(
