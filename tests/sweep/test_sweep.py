@@ -14,6 +14,7 @@ import pytest
 from host.outbox import Outbox
 from proto import curve
 from swapd.uring import Uring
+from tests.swapd.conftest import needs_uring
 from tests.sweep import talk
 from tests.sweep.__main__ import free_port
 from tests.sweep.calls import MEMORY, Fault
@@ -70,6 +71,7 @@ def test_every_call_that_looks_like_input_and_output_is_judged(court: Court) -> 
 def test_what_is_not_reached_has_a_reason(
     court: Court, reached: tuple[dict[Site, int], dict[Site, int]]
 ) -> None:
+    needs_uring()
     places = {f"{site.module} {site.function}" for site in court.sweep.faults}
     left = {
         str(site)
@@ -150,6 +152,7 @@ def test_a_lost_entry_is_a_hang(court: Court, saved: Saved, monkeypatch: pytest.
 
 
 def test_a_descriptor_that_stays_is_seen(court: Court, saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs_uring()
     leaked: list[int] = []
     release = Uring._release
 
