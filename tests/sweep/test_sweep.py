@@ -15,7 +15,7 @@ from host.outbox import Outbox
 from proto import curve
 from swapd.uring import Uring
 from tests.swapd.conftest import needs_uring
-from tests.sweep import talk
+from tests.sweep import talk, times
 from tests.sweep.__main__ import free_port
 from tests.sweep.calls import MEMORY, Fault
 from tests.sweep.judge import ENDED, HANDLED, RESTARTED, Court, Limits, Result
@@ -48,8 +48,8 @@ NOT_REACHED: Final = {
 def court(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Court]:
     folder = tmp_path_factory.mktemp("sweep")
     curve.make_keys(folder / "keys", ["daemon", "host"])
-    talk.warm()
-    with talk.short_times(), Sweep() as sweep:
+    times.warm()
+    with times.short_times(), Sweep() as sweep:
         yield Court(sweep, folder, folder / "keys", free_port())
 
 
