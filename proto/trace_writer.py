@@ -248,7 +248,9 @@ class TraceWriter:
         end = end // mmap.PAGESIZE * mmap.PAGESIZE
         start = end - self._segment * EVENT_BYTES // mmap.PAGESIZE * mmap.PAGESIZE - mmap.PAGESIZE
         if end > (start := max(HEADER_BYTES, start)):
-            self._map.madvise(mmap.MADV_DONTNEED, start, end - start)
+            # Refused: then it stays mapped, and nothing else happens.
+            with suppress(OSError):
+                self._map.madvise(mmap.MADV_DONTNEED, start, end - start)
 
 
 def _create_file(path: Path, header: bytes, size: int) -> tuple[int, mmap.mmap]:

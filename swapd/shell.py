@@ -200,8 +200,8 @@ class SwapdShell:
 
     def close(self) -> None:
         """Engine, socket, trace file."""
-        self.writer.event(Kind.PROCESS_END)
-        self._opened.close()
+        with self._opened:
+            self.writer.event(Kind.PROCESS_END)
 
 
 def warm() -> None:

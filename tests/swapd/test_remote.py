@@ -302,3 +302,9 @@ def test_clients_without_our_keys_get_nowhere_however_often_they_come(
     assert locked.shell.door is not None
     assert locked.shell.door.admitted >= 1
     serves(locked, host, 10)
+
+
+def test_zeromqs_own_heartbeats_are_off(world: World) -> None:
+    """Their timer ends the process when it fires on a connection that has just failed; the kernel looks after connections."""
+    assert world.shell.socket.getsockopt(zmq.HEARTBEAT_IVL) == 0
+    assert world.shell.socket.getsockopt(zmq.TCP_KEEPALIVE) == 1

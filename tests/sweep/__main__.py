@@ -18,7 +18,7 @@ kernel_cache.prepare(Path(__file__).resolve().parents[2], installed=False)
 from proto import curve  # noqa: E402 - numba reads the place of its cache once, when it is imported
 from tests.sweep.judge import Court, Limits, Result  # noqa: E402
 from tests.sweep.sites import Sweep  # noqa: E402
-from tests.sweep.talk import short_times, warm  # noqa: E402
+from tests.sweep.times import short_times, warm  # noqa: E402
 
 
 def main() -> int:

@@ -4,7 +4,7 @@ Three daemons: one that maps the frames (io_uring, where there is one), one whos
 elsewhere with keys. Two vCPUs write and read more pages than there are frames (guest.py). Meanwhile every daemon dies once, is fenced
 and succeeded; at the end the run is saved. `Talk` is the launcher, too: it reports deaths, fences and starts successors.
 
-Times of the protocol are short here (`TIMES`), the rules are the same.
+Times of the protocol are short here (times.py), the rules are the same.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import mmap
 import os
 import socket
 import time
-from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
@@ -22,14 +22,6 @@ from typing import Any, Final, NamedTuple, Protocol
 import numpy as np
 import zmq
 
-import host.image
-import host.remote
-import host.shell
-import host.swap
-import proto.remote
-import swapd.kept_file
-import swapd.remote
-import swapd.shell
 from host.shell import HostShell
 from proto import curve, link, segments, wire
 from proto.curve import Endpoint
@@ -53,17 +45,6 @@ BOUND_S = 60.0
 DEATHS_MAX: Final = 4
 """Of one daemon: one is part of the conversation, and one call fails."""
 KEY: Final = bytes(range(32))
-TIMES: Final = (
-    (host.swap, "RESEND_NS", 20_000_000),
-    (host.shell, "PING_EVERY_NS", 10_000_000),
-    (host.shell, "GAUGES_EVERY_NS", 1_000_000),
-    (host.remote, "RENEW_NS", 400_000_000),
-    (swapd.shell, "HELLO_EVERY_NS", 10_000_000),
-    (swapd.kept_file, "LOCK_WAIT_S", 0.05),
-    (swapd.kept_file, "LOCK_POLL_S", 0.01),
-    (proto.remote, "RECONNECT_MS", 5),
-    (swapd.remote, "say", len),  # what the daemon elsewhere tells its user
-)
 
 
 class HangError(AssertionError):
@@ -89,25 +70,6 @@ class Shell(Protocol):
     def once(self) -> None: ...
 
     def close(self) -> None: ...
-
-
-@contextmanager
-def short_times() -> Generator[None]:
-    """The protocol's times as `TIMES` has them."""
-    before = [getattr(module, name) for module, name, _ in TIMES]
-    for module, name, value in TIMES:
-        setattr(module, name, value)
-    try:
-        yield
-    finally:
-        for (module, name, _), value in zip(TIMES, before, strict=True):
-            setattr(module, name, value)
-
-
-def warm() -> None:
-    """Compile everything before the clock of a conversation runs."""
-    host.shell.warm()
-    swapd.shell.warm()
 
 
 class _Daemon:

@@ -14,7 +14,8 @@ import pytest
 from host.outbox import Outbox
 from proto import curve
 from swapd.uring import Uring
-from tests.sweep import talk
+from tests.swapd.conftest import needs_uring
+from tests.sweep import talk, times
 from tests.sweep.__main__ import free_port
 from tests.sweep.calls import MEMORY, Fault
 from tests.sweep.judge import ENDED, HANDLED, RESTARTED, Court, Limits, Result
@@ -47,8 +48,8 @@ NOT_REACHED: Final = {
 def court(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Court]:
     folder = tmp_path_factory.mktemp("sweep")
     curve.make_keys(folder / "keys", ["daemon", "host"])
-    talk.warm()
-    with talk.short_times(), Sweep() as sweep:
+    times.warm()
+    with times.short_times(), Sweep() as sweep:
         yield Court(sweep, folder, folder / "keys", free_port())
 
 
@@ -63,13 +64,14 @@ def reached(court: Court, saved: Saved) -> tuple[dict[Site, int], dict[Site, int
     return court.reached(None), court.reached(saved)
 
 
-def test_every_call_that_looks_like_input_and_output_is_judged() -> None:
-    assert Sweep().unknown == []
+def test_every_call_that_looks_like_input_and_output_is_judged(court: Court) -> None:
+    assert court.sweep.unknown == []
 
 
 def test_what_is_not_reached_has_a_reason(
     court: Court, reached: tuple[dict[Site, int], dict[Site, int]]
 ) -> None:
+    needs_uring()
     places = {f"{site.module} {site.function}" for site in court.sweep.faults}
     left = {
         str(site)
@@ -150,6 +152,7 @@ def test_a_lost_entry_is_a_hang(court: Court, saved: Saved, monkeypatch: pytest.
 
 
 def test_a_descriptor_that_stays_is_seen(court: Court, saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs_uring()
     leaked: list[int] = []
     release = Uring._release
 
