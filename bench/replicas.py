@@ -1,6 +1,7 @@
 """What a second copy of each page costs in faults per second, and what hedged reads buy when one of two daemons is slow.
 
-    python bench/replicas.py [--rounds N] [--seconds S] [--slow-us US] [--sigma S] [--hedge-ms MS] [--rows unpaced|slow]
+    python bench/replicas.py [--rounds N] [--seconds S] [--slow-us US] [--sigma S] [--hedge-ms MS]
+        [--threads N] [--rows unpaced|slow]
 
 Real runs of topologies/replicas.toml, the rows in turn, several rounds over; the median of each is printed. In the rows "slow" one of the
 two daemons answers reads after a lognormal time (median --slow-us). Reads go to the daemon with fewer requests to answer, with hedging or
@@ -43,7 +44,7 @@ def rows(args: argparse.Namespace) -> dict[str, list[str]]:
         f"swapd.1.model_read_us={args.slow_us:g}",
         f"swapd.1.model_sigma={args.sigma:g}",
     ]
-    slow.append("swapd.1.model_from_barrier=true")
+    slow += ["swapd.1.model_from_barrier=true", f"vm.0.task.0.fault_threads={args.threads}"]
     fast = ["vm.rate_ops_per_s=0"]
     found = {
         "unpaced, one copy": one + fast,
@@ -91,9 +92,10 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=4.0)
-    parser.add_argument("--slow-us", type=float, default=5000.0)
+    parser.add_argument("--slow-us", type=float, default=20_000.0)
     parser.add_argument("--sigma", type=float, default=1.5)
-    parser.add_argument("--hedge-ms", type=float, default=20.0)
+    parser.add_argument("--threads", type=int, default=16, help="fault threads in the rows 'slow'")
+    parser.add_argument("--hedge-ms", type=float, default=50.0)
     parser.add_argument(
         "--rows", default="", choices=("", "unpaced", "slow"), help="only these; all by default"
     )

@@ -10,7 +10,8 @@ import pytest
 from host import events as ev
 from host.copies import SLOTS_PER_DAEMON
 from host.kernels import F_DIRTY, HPT_BAD, HPT_RESIDENT, HPT_SLOT
-from host.swap import ATTEMPTS_MAX, RESEND_NS, STRIKES_MAX, WINDOW, SwapMachine
+from host.reads import STRIKES_MAX
+from host.swap import ATTEMPTS_MAX, RESEND_NS, WINDOW, SwapMachine
 from proto.lives import DaemonState
 from proto.machine import MachineError
 from proto.stats import HostCounter

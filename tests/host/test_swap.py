@@ -6,7 +6,8 @@ import pytest
 
 from host import events as ev
 from host.copies import SLOTS_PER_DAEMON
-from host.swap import ATTEMPTS_MAX, RESEND_NS, STRIKES_MAX, WINDOW, SwapMachine, op_of
+from host.reads import STRIKES_MAX
+from host.swap import ATTEMPTS_MAX, RESEND_NS, WINDOW, SwapMachine, op_of
 from proto.machine import MachineError
 from proto.stats import HostCounter
 from proto.wire import OP_READ, OP_WRITE
