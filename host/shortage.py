@@ -57,7 +57,7 @@ class Shortage:
     def look(self) -> None:
         """Somebody waits for a frame and swap is full: is it bad enough?"""
         m = self._m
-        if self.open or self._over or m.giveback.pending or m.lent:
+        if self.open or self._over or m.giveback.pending:
             return
         movable = m.memory.frame_count - m.stuck + m.slots_coming
         if movable - m.limits.reserve < m.limits.least and m.starved(urgent=False):

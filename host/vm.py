@@ -559,9 +559,9 @@ class VmMachine(Machine):
 
     # -- further reads of a page -----------------------------------------------------------------------------
     def _lend_frame(self, event: LendFrame) -> None:
-        """A landing frame for a second read; none for a page that nobody reads any more, or while others wait for frames."""
+        """A landing frame for a second read; none for a page that nobody reads any more, and none that reclaim would have to replace."""
         frame = -1
-        spare = self.free_count > self.limits.reserve and not self.starving
+        spare = self.free_count > max(self.limits.reserve, self.limits.low) and not self.starving
         if self._state[event.hvp] == HPT_READING and spare:
             self.free_count -= 1
             frame = self._free[self.free_count]

@@ -13,10 +13,20 @@ from typing import Any, Final
 
 import numpy as np
 
-from host.kernels import HPT_BAD, HPT_EVICT, HPT_NONE, HPT_READING, HPT_RESIDENT, HPT_WRITING, HPT_ZERO
+from host.kernels import (
+    HPT_BAD,
+    HPT_EVICT,
+    HPT_NONE,
+    HPT_READING,
+    HPT_RESIDENT,
+    HPT_SLOT,
+    HPT_WRITING,
+    HPT_ZERO,
+)
 from proto.events import Events
 from proto.layout import ALLOC_FIRST_GFN, KILL_SWAP_FULL, VC_TASKS_KILLED
 from proto.stats import HostCounter
+from proto.units import PAGE_SIZE
 from report.check.checker import Checker
 from report.check.verdict import Finding
 from sim.emulator import Emulator
@@ -133,13 +143,21 @@ def _free_pages(emulator: Emulator) -> list[str]:
     for v, guest in enumerate(emulator.guests.vms):
         for gfn in guest.free_pages():
             hvp = vm.find_hvp(v, gfn)
-            state = int(vm.state[hvp])
-            if state in (HPT_NONE, HPT_ZERO) or (
-                state == HPT_RESIDENT and vm.memory.is_zero(int(vm.frame_of[hvp]))
-            ):
-                continue
-            found.append(f"vm {v}: free page {gfn} is not empty (state {state})")
+            if not _is_empty(emulator, hvp):
+                found.append(f"vm {v}: free page {gfn} is not empty (state {vm.state[hvp]})")
     return found[:3]
+
+
+def _is_empty(emulator: Emulator, hvp: int) -> bool:
+    """A page that was given back may be filled with zeros again together with a neighbour, and then be swapped like any other."""
+    vm = emulator.host.vm
+    state = int(vm.state[hvp])
+    if state == HPT_SLOT:
+        copies = emulator.host.swap.copies.copies(int(vm.slot_of[hvp]))
+        return all(emulator.daemons.block(copy) == bytes(PAGE_SIZE) for copy in copies)
+    if state in _HAS_FRAME and (frame := int(vm.frame_of[hvp])) >= 0:
+        return vm.memory.is_zero(frame)
+    return state in (HPT_NONE, HPT_ZERO)
 
 
 def _left_over(emulator: Emulator) -> list[str]:

@@ -91,7 +91,7 @@ BAD_WORDS: Final = 512
 """Of each daemon, behind the faults: how many blocks went bad, then their numbers."""
 FOREVER_NS: Final = (1 << 63) - 1
 READ_TRIES: Final = 3
-"""Failed reads that a page survives at least: fewer never lose one (host/swap.py STRIKES_MAX)."""
+"""Failed reads that a page survives at least: fewer never lose one (host/reads.py STRIKES_MAX)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, Final, NamedTuple
 
 from host import events as ev
+from host.copies import SLOTS_PER_DAEMON
 from host.memory import HostMemory
 from proto.units import PAGE_SIZE
 from proto.wire import OP_READ
@@ -90,6 +91,11 @@ class Daemons:
         one.epoch, one.up = epoch, True
         one.queue = RequestQueue(self._memory.frame_count, self._plan.daemons[d].slots, None)
         self._to_host(ev.DaemonUp(d, epoch))
+
+    def block(self, copy: int) -> bytes:
+        """What is in a block of a daemon's file: daemon * SLOTS_PER_DAEMON + block."""
+        d, block = divmod(copy, SLOTS_PER_DAEMON)
+        return self._daemons[d].blocks.get(block, bytes(PAGE_SIZE))
 
     # -- links ---------------------------------------------------------------------------------------------
     def _send(self, d: int, actor: int, direction: int, action: Callable[[], None]) -> None:

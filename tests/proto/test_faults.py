@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from host.swap import STRIKES_MAX
+from host.reads import STRIKES_MAX
 from proto.faults import (
     BAD_WORDS,
     FIRED,
