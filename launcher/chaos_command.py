@@ -9,6 +9,7 @@ Not handled here: whether such a fault can happen (proto/topology_faults.py), ca
 from __future__ import annotations
 
 import argparse
+import copy
 import random
 from collections.abc import Mapping
 from typing import Any, Final
@@ -17,7 +18,7 @@ from launcher.options import duration_ns
 from proto.errors import UserError
 from proto.faults import KINDS
 from proto.overrides import parse_value
-from proto.topology import Topology
+from proto.topology import Run, Swapd, Topology
 
 Tables = list[tuple[str, dict[str, Any]]]
 """(option, table)."""
@@ -45,6 +46,20 @@ def tables_of(kill: str | None, every_ns: int | None, faults: list[str], *, by_d
         table |= {"every_ms": every_ns / MS} if target.startswith("swapd") else {"after": every_ns / NS}
         tables.append((f"--kill {target} --every {every_ns / MS:g}ms", table))
     return tables + [(f"--fault {text!r}", parse(text)) for text in faults]
+
+
+def with_room_for_kills(raw: dict[str, Any], tables: Tables, seconds: float | None) -> dict[str, Any]:
+    """The tables of a topology whose daemons may be restarted as often as the schedule kills one, beside the usual number.
+
+    A daemon with a `restart_limit` of its own keeps it. ``seconds``: of the run, where not the topology says.
+    """
+    seconds = raw.get("run", {}).get("seconds", Run().seconds) if seconds is None else seconds
+    every = [table["every_ms"] for _, table in tables if table["do"] == "kill" and "every_ms" in table]
+    kills = sum(int(seconds * NS / MS / every_ms) + 1 for every_ms in every)
+    changed = copy.deepcopy(raw)
+    for daemon in changed.setdefault("swapd", [{}]):
+        daemon.setdefault("restart_limit", Swapd().restart_limit + kills)
+    return changed
 
 
 def check_down(away_ns: int, tables: Tables) -> None:

@@ -15,6 +15,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -101,7 +102,8 @@ def _chaos(args: argparse.Namespace, mode: str | None) -> tuple[Topology, RunOpt
         tables += chaos_command.drawn(plain, args.random, plain.run.seed)
     if args.for_ns is not None and args.seconds is not None:
         tables = [(option, {**table, **_until(table, args)}) for option, table in tables]
-    topology = with_stamp(_load(args, mode=mode, seconds=seconds, faults=tables))
+    reshape = partial(chaos_command.with_room_for_kills, tables=tables, seconds=seconds)
+    topology = with_stamp(_load(args, mode=mode, seconds=seconds, faults=tables, reshape=reshape))
     return topology, dataclasses.replace(_options(args), away_ns=args.away_ns)
 
 
@@ -223,6 +225,7 @@ def _load(
     mode: str | None,
     seconds: float | None = None,
     faults: chaos_command.Tables | None = None,
+    reshape: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> Topology:
     return load(
         find_topology(args.topology),
@@ -232,6 +235,7 @@ def _load(
         seconds=args.seconds if seconds is None else seconds,
         seed=args.seed,
         faults=faults or (),
+        reshape=reshape,
     )
 
 

@@ -174,3 +174,16 @@ def test_a_drawn_schedule_is_valid_has_every_kind_and_follows_from_the_seed() ->
 
 def test_real_and_simulated_faults_have_the_same_names() -> None:
     assert set(SIM_FAULTS) - set(KINDS) == {"restart", "gone"}
+
+
+@pytest.mark.parametrize(
+    ("swapd", "limits"), [({}, [1021]), ({"swapd": [{}, {"restart_limit": 3}]}, [1021, 3])]
+)
+def test_kills_that_are_asked_for_leave_the_usual_restarts(swapd: dict[str, Any], limits: list[int]) -> None:
+    raw: dict[str, Any] = {"run": {"seconds": 10.0}, **swapd}
+    tables = chaos_command.tables_of("swapd", 500 * MS, ["stop on=host after=1s"], by_default=True)
+    changed = chaos_command.with_room_for_kills(raw, tables, None)
+    assert [daemon["restart_limit"] for daemon in changed["swapd"]] == limits
+    assert raw == {"run": {"seconds": 10.0}, **swapd}, "the file's own tables stay"
+    longer = chaos_command.with_room_for_kills(raw, tables, 600.0)["swapd"][0]
+    assert longer["restart_limit"] == 2201
