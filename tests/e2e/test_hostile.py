@@ -19,12 +19,17 @@ import numpy as np
 import zmq
 
 from proto import link, wire
+from proto.events import Kind
+from proto.trace_tail import last_events
 from proto.wire import Nack
 from tests.e2e import known_key
 from tests.e2e.known_key import KEY
-from tests.e2e.runs import BM, Launched, Runner
+from tests.e2e.runs import BM, Launched, Runner, of_kind
 
 ANSWER_BOUND_S: Final = 20.0
+POLL_S: Final = 0.02
+LOOK_BACK: Final = 5000
+"""Events: more than a host of two vCPUs records between two looks."""
 FLOOD: Final = 2000
 STRANGER: Final = b"stranger"
 KNOWN_KEY: Final = Path(known_key.__file__)
@@ -237,6 +242,7 @@ def test_neither_strangers_nor_former_daemons_get_a_page_or_a_token(runner: Runn
             if round_ == 0:
                 os.kill(former, signal.SIGKILL)
                 _wait_for_successor(run, former)
+                _wait_until_up(out / "events" / "host.bin", 1)
         # The former daemon's own routing id, with its secret: what it says is of the old epoch.
         with _peers(endpoint, [link.swapd_identity(0, 0, KEY)]) as (old,):
             for message in (
@@ -266,6 +272,17 @@ def _wait_for_successor(run: Launched, former: int) -> None:
     deadline_s = time.monotonic() + ANSWER_BOUND_S
     while run.pid_of("swapd-0") == former:
         assert time.monotonic() < deadline_s
+
+
+def _wait_until_up(host_events: Path, epoch: int) -> None:
+    """Until the host has admitted that incarnation."""
+    deadline_s = time.monotonic() + ANSWER_BOUND_S
+    while True:
+        events, _ = last_events(host_events, LOOK_BACK)
+        if (of_kind(events, Kind.DAEMON_UP)["b"] == epoch).any():
+            return
+        assert time.monotonic() < deadline_s
+        time.sleep(POLL_S)
 
 
 # -- who sends without end, who never reads -----------------------------------------------------------------------------------------

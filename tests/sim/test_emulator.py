@@ -290,7 +290,7 @@ def test_a_page_with_a_bad_block_comes_from_the_other_daemon_and_is_written_anew
 
 def test_late_reads_are_asked_of_the_other_daemon() -> None:
     plans = [
-        on_two(*(FaultPlan("stall", daemon, nth, 5_000) for daemon in (0, 1)), hedge_us=200)
+        on_two(*(FaultPlan("stop", daemon, nth, 5_000) for daemon in (0, 1)), hedge_us=200)
         for nth in range(20, 140, 20)
     ]
     counts: Counter[HostCounter] = Counter()

@@ -256,9 +256,9 @@ class World:
             self._answered(effect)
         elif kind is ev.SendIo:
             self._io.append(effect)
-        elif kind in (ev.SwapIn, ev.SwapOut, ev.SlotFree):
+        elif kind in (ev.SwapIn, ev.SwapInBad, ev.SwapOut, ev.SlotFree):
             self._routed.append((self.swap, effect))
-        elif kind in (ev.SwapInDone, ev.SwapOutDone):
+        elif kind in (ev.SwapInDone, ev.SwapOutDone, ev.FrameBack):
             self._routed.append((self.vm, effect))
         else:
             raise AssertionError(f"unexpected: {effect}")
