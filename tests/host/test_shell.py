@@ -27,7 +27,7 @@ class Shell(HostShell):
         self.sent: list[tuple[bytes, Any, int]] = []
         super().__init__(ctx)
 
-    def _send(self, identity: bytes, message: Any, pages: Any = ()) -> bool:
+    def send(self, identity: bytes, message: Any, pages: Any = ()) -> bool:
         self.sent.append((identity, message, len(pages)))
         return True
 
@@ -120,7 +120,7 @@ def test_what_is_known_of_daemons_does_not_grow_with_restarts(shell: Shell) -> N
         shell.say(daemon(epoch), hello(epoch))
         shell.say(link.launcher_identity(), wire.DaemonDown(0, epoch))
         shell.say(link.launcher_identity(), wire.DaemonFenced(0, epoch))
-    assert len(shell.peers) <= 3
+    assert len(shell.peers.known) <= 3
 
 
 def test_a_daemon_that_is_gone_ends_a_run_without_replicas_and_cannot_come_back(shell: Shell) -> None:
