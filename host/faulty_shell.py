@@ -10,10 +10,14 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from functools import partial
+from typing import Protocol
 
+from host import daemon_links
 from host import events as ev
 from host.copies import SLOTS_PER_DAEMON
+from host.daemon_links import DaemonLinks
 from host.faults import HostFaults
+from host.peers import Peer
 from host.shell import HostShell
 from proto import wire
 from proto.faults import FaultMachine
@@ -22,34 +26,73 @@ from proto.topology_faults import schedule
 from proto.wire import OP_READ, Inject, WireError
 
 
+class Shell(daemon_links.Shell, Protocol):
+    """What links with faults need of it."""
+
+    faults: HostFaults
+
+    def refuse(self, identity: bytes, error: WireError) -> None:
+        """Count what a peer must not say, and tell it."""
+
+
+class FaultyLinks(DaemonLinks):
+    """Links on which messages are lost, doubled and late."""
+
+    def __init__(self, shell: Shell) -> None:
+        super().__init__(shell)
+        self._faulty = shell
+
+    def _ask(
+        self, number: int, batch: Sequence[ev.SendIo], message: wire.Io, pages: Sequence[memoryview]
+    ) -> None:
+        # Copies: a message that is held back holds what it would have held.
+        kept = [memoryview(bytes(page)) for page in pages]
+        ask = partial(super()._ask, number, batch, message, kept)
+        faults = self._faulty.faults
+        faults.message(number, time.monotonic_ns(), ask)
+        for request in batch:
+            step = "swap_in.sent" if request.op == OP_READ else "swap_out.sent"
+            faults.step(step, "swapd", number, time.monotonic_ns(), request.request)
+
+    def _answered(
+        self, identity: bytes, number: int, epoch: int, message: wire.IoDone, extra: Sequence[bytes]
+    ) -> None:
+        take = partial(self._take_answers, identity, number, epoch, message, extra)
+        self._faulty.faults.message(number, time.monotonic_ns(), take)
+
+    def _take_answers(
+        self, identity: bytes, number: int, epoch: int, message: wire.IoDone, extra: Sequence[bytes]
+    ) -> None:
+        """Perhaps late, or for the second time."""
+        try:
+            super()._answered(identity, number, epoch, message, extra)
+        except WireError as error:
+            self._faulty.refuse(identity, error)
+
+
 class FaultyShell(HostShell):
     """See the module docstring."""
+
+    faults: HostFaults
 
     def __init__(self, ctx: RunContext) -> None:
         super().__init__(ctx)
         run, daemons = self.topology.run, self.topology.swapd
         specs = schedule(self.topology.fault, len(daemons), run.seconds, run.seed)
-        self.faults = HostFaults(
-            FaultMachine(specs, ctx.segments["faults"].u64.data),
-            self.writer,
-            frozenset(self.remote.daemons),
-            self.remote.disconnect,
-        )
+        machine = FaultMachine(specs, ctx.segments["faults"].u64.data)
+        elsewhere = frozenset(self.remote.daemons)
+        self.faults = HostFaults(machine, self.writer, elsewhere, self.remote.disconnect)
         self.obs.ready = []
+        # Faults may happen as long as the measured time runs.
+        self.clock.on_start.insert(0, machine.start)
+        self.clock.on_stop.append(lambda: machine.stop(time.monotonic_ns()))
         self._effects[ev.SwapInDone] = partial(self._swapped, "swap_in.done")
         self._effects[ev.SwapOutDone] = partial(self._swapped, "swap_out.done")
 
-    # -- the run's clock -----------------------------------------------------------------------------------
-    def start_clock(self, start_ns: int) -> None:
-        """The measured time runs, and faults may happen."""
-        self.faults.machine.start(start_ns)
-        super().start_clock(start_ns)
+    def _links(self) -> FaultyLinks:
+        return FaultyLinks(self)
 
-    def _stop(self, reason: str) -> None:
-        if not self.stopped:
-            self.faults.machine.stop(time.monotonic_ns())
-        super()._stop(reason)
-
+    # -- time ----------------------------------------------------------------------------------------------
     def _timeout_ms(self, now: int) -> int:
         due_ns = self.faults.next_ns(now)
         usual_ms = super()._timeout_ms(now)
@@ -60,9 +103,7 @@ class FaultyShell(HostShell):
         self.faults.turn(now)
 
     # -- steps ---------------------------------------------------------------------------------------------
-    def _hello(
-        self, peer: tuple[str, int, int], identity: bytes, message: wire.Hello, extra: Sequence[bytes]
-    ) -> None:
+    def _hello(self, peer: Peer, identity: bytes, message: wire.Hello, extra: Sequence[bytes]) -> None:
         super()._hello(peer, identity, message, extra)
         role = {"V": "vcpu", "S": "swapd"}.get(peer[0])
         if role is not None:
@@ -85,33 +126,6 @@ class FaultyShell(HostShell):
             sent, self.obs.ready = self.obs.ready, []
             for vm, vcpu in sent:
                 self.faults.step("ready.sent", "vcpu", self.ctx.first_cpu(vm) + vcpu, time.monotonic_ns())
-
-    # -- links ---------------------------------------------------------------------------------------------
-    def _ask(
-        self, number: int, batch: Sequence[ev.SendIo], message: wire.Io, pages: Sequence[memoryview]
-    ) -> None:
-        # Copies: a message that is held back holds what it would have held.
-        kept = [memoryview(bytes(page)) for page in pages]
-        ask = partial(super()._ask, number, batch, message, kept)
-        self.faults.message(number, time.monotonic_ns(), ask)
-        for request in batch:
-            step = "swap_in.sent" if request.op == OP_READ else "swap_out.sent"
-            self.faults.step(step, "swapd", number, time.monotonic_ns(), request.request)
-
-    def _answered(
-        self, identity: bytes, number: int, epoch: int, message: wire.IoDone, extra: Sequence[bytes]
-    ) -> None:
-        take = partial(self._take_answers, identity, number, epoch, message, extra)
-        self.faults.message(number, time.monotonic_ns(), take)
-
-    def _take_answers(
-        self, identity: bytes, number: int, epoch: int, message: wire.IoDone, extra: Sequence[bytes]
-    ) -> None:
-        """Perhaps late, or for the second time."""
-        try:
-            super()._answered(identity, number, epoch, message, extra)
-        except WireError as error:
-            self._refuse(identity, error)
 
     def close(self) -> None:
         """And the descriptors of processes."""

@@ -16,29 +16,31 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 
 from host import events as ev
+from host.memory import U64Array
+from host.peers import Handler, Peer, observe, only_launcher
+from host.run_clock import RunClock
 from host.saving import PageWalk
 from host.slots import Memslot
-from proto import atomics, wire
+from host.vcpu import VcpuMachine
+from host.vm import VmMachine
+from proto import wire
 from proto.errors import UserError
 from proto.image import ImageReader, ImageWriter
-from proto.layout import CTL_BARRIER, CTL_START_NS
+from proto.layout import CTL_START_NS
 from proto.lives import Where
-from proto.trace import Kind
-from proto.wire import Nack, WireError
+from proto.run import RunContext
+from proto.topology import Topology
+from proto.trace import TraceWriter
+from proto.wire import Message, Nack, WireError
 
-if TYPE_CHECKING:
-    from host.shell import HostShell
-
-Feed = Callable[[Any, Any], None]
-Tell = Callable[[wire.Message], None]
 FILE_NAME: Final = "image"
 """In the run directory."""
 PAGES_PER_TURN: Final = 512
@@ -49,14 +51,33 @@ SECTIONS: Final = ("kernel", "shadow")
 """Segments of each VM that are saved as they are, with "-V" behind their name."""
 
 
+class Shell(Protocol):
+    """What is needed of the host's shell."""
+
+    ctx: RunContext
+    topology: Topology
+    control: U64Array
+    vm: VmMachine
+    vcpus: list[VcpuMachine]
+    writer: TraceWriter
+    clock: RunClock
+
+    def feed(self, machine: Any, event: Any) -> None:
+        """Give a machine an event."""
+
+    def to_launcher(self, message: Message) -> None:
+        """As soon as it can take it."""
+
+    def to_vcpu(self, cpu: int, message: wire.Save | wire.Registers) -> None:
+        """As the next event of this process."""
+
+
 class Saving:
     """One save. Made when the launcher asks for it."""
 
-    def __init__(self, shell: HostShell, feed: Feed, tell: Tell) -> None:
-        """Pause everybody. feed: give a machine an event; tell: send the launcher a message."""
+    def __init__(self, shell: Shell) -> None:
+        """Pause everybody."""
         self._shell = shell
-        self._feed = feed
-        self._tell = tell
         self._standing: set[int] = set()
         self._registers: dict[int, list[int]] = {}
         self._walk = PageWalk(len(shell.vm.state))
@@ -64,9 +85,9 @@ class Saving:
         self._writer: ImageWriter | None = None
         self._elapsed_ns = time.monotonic_ns() - int(shell.control[CTL_START_NS])
         # The measured time stands still.
-        shell.stop_at_ns = NEVER_NS
+        shell.clock.stop_at_ns = NEVER_NS
         for machine in shell.vcpus:
-            self._feed(machine, ev.Pause(machine.cpu))
+            shell.feed(machine, ev.Pause(machine.cpu))
 
     @property
     def busy(self) -> bool:
@@ -79,7 +100,7 @@ class Saving:
         if len(self._standing) < len(self._shell.vcpus):
             return
         for cpu in self._running():
-            self._shell.ask_registers(cpu)
+            self._shell.to_vcpu(cpu, wire.Save(0))
         self._when_complete()
 
     def _running(self) -> list[int]:
@@ -125,7 +146,7 @@ class Saving:
     def _go_over(self, event: Any) -> None:
         for effect in self._walk.on((event,), time.monotonic_ns()):
             if type(effect) is ev.NextPage:
-                self._feed(self._shell.vm, ev.SavePage(effect.hvp))
+                self._shell.feed(self._shell.vm, ev.SavePage(effect.hvp))
             else:
                 self._finish()
 
@@ -141,7 +162,7 @@ class Saving:
         except OSError as error:
             self._failed(error)
             return
-        self._tell(wire.Saved(writer.places))
+        self._shell.to_launcher(wire.Saved(writer.places))
 
     def _meta(self) -> dict[str, Any]:
         shell = self._shell
@@ -169,17 +190,15 @@ class Saving:
             with suppress(OSError):  # what is still in its buffer: the disk may refuse that, too
                 self._writer.close()
             self._writer = None
-        self._tell(wire.Failed(f"the image cannot be written: {error.strerror}"))
+        self._shell.to_launcher(wire.Failed(f"the image cannot be written: {error.strerror}"))
 
 
 class Restoring:
     """One restore. Made with the shell, before anybody said HELLO."""
 
-    def __init__(self, shell: HostShell, path: Path, feed: Feed, tell: Tell) -> None:
-        """Open the image. UserError for what is none: the launcher has looked at it before. feed, tell: as for `Saving`."""
+    def __init__(self, shell: Shell, path: Path) -> None:
+        """Open the image. UserError for what is none: the launcher has looked at it before."""
         self._shell = shell
-        self._feed = feed
-        self._tell = tell
         self._image = ImageReader(path)
         self._walk = PageWalk(self._image.pages)
         self._done: deque[ev.PageLoaded] = deque()
@@ -206,7 +225,7 @@ class Restoring:
         """The launcher is there, so that it can be told of a failure."""
         if not self._begun:
             self._begun = True
-            self._feed(self._shell.vm, ev.LoadSlots(self._slots))
+            self._shell.feed(self._shell.vm, ev.LoadSlots(self._slots))
             self._go_over(ev.Walk())
 
     def page_loaded(self, effect: ev.PageLoaded) -> None:
@@ -223,20 +242,20 @@ class Restoring:
         try:
             for effect in self._walk.on((event,), time.monotonic_ns()):
                 if type(effect) is ev.NextPage:
-                    self._feed(shell.vm, ev.LoadPage(effect.hvp, *self._image.page(effect.hvp)))
+                    shell.feed(shell.vm, ev.LoadPage(effect.hvp, *self._image.page(effect.hvp)))
                 else:
                     self._states()
         except UserError as error:
-            self._tell(wire.Failed(str(error)[: wire.TEXT_MAX]))
+            self._shell.to_launcher(wire.Failed(str(error)[: wire.TEXT_MAX]))
 
     def _states(self) -> None:
         for machine, saved in zip(self._shell.vcpus, self._vcpus, strict=True):
-            self._feed(machine, ev.Restore(machine.cpu, saved["state"]))
+            self._shell.feed(machine, ev.Restore(machine.cpu, saved["state"]))
 
     def restored(self, effect: ev.Restored) -> None:
         """A vCPU has its state, or this host would not take it. When all have theirs, the run goes on."""
         if effect.refused:
-            self._tell(
+            self._shell.to_launcher(
                 wire.Failed(
                     f"vcpu-{effect.cpu} cannot be restored: the host refused {effect.refused}"[
                         : wire.TEXT_MAX
@@ -249,15 +268,9 @@ class Restoring:
             self._go()
 
     def _go(self) -> None:
-        shell = self._shell
         self.over = True
         self._image.close()
-        now_ns = time.monotonic_ns()
-        start_ns = now_ns - self._elapsed_ns
-        shell.obs.trace(Kind.BARRIER)
-        shell.control[CTL_START_NS] = np.uint64(start_ns)
-        atomics.py_store(shell.control, CTL_BARRIER, np.uint64(1))
-        shell.start_clock(start_ns)
+        self._shell.clock.open(time.monotonic_ns() - self._elapsed_ns)
         for cpu in self._held:
             self._welcome(cpu)
 
@@ -270,4 +283,69 @@ class Restoring:
 
     def _welcome(self, cpu: int) -> None:
         words = np.array([(word,) for word in self._vcpus[cpu]["registers"]], wire.REGISTER_DTYPE)
-        self._shell.give_registers(cpu, words)
+        self._shell.to_vcpu(cpu, wire.Registers(0, words))
+
+
+class Images:
+    """What the shell has of images: one save, one restore, or none. `turn` once in each round of the loop."""
+
+    def __init__(self, shell: Shell) -> None:
+        """UserError for an image that is none."""
+        self._shell = shell
+        self._saving: Saving | None = None
+        self._restoring = Restoring(shell, Path(shell.ctx.image)) if shell.ctx.image else None
+        self.messages: dict[type[Any], Handler] = {
+            wire.SaveVm: self._save_vm,
+            wire.Registers: self._registers,
+        }
+        self.effects: dict[type[Any], Callable[[Any], None]] = {
+            ev.Paused: lambda e: self._saving.paused(e) if self._saving is not None else None,
+            ev.PageSaved: lambda e: self._saving.page_saved(e) if self._saving is not None else None,
+            ev.Restored: lambda e: self._restoring.restored(e) if self._restoring is not None else None,
+            ev.PageLoaded: lambda e: self._restoring.page_loaded(e) if self._restoring is not None else None,
+        }
+
+    @property
+    def busy(self) -> bool:
+        """Whether `turn` has something to do."""
+        under_way = self._saving or self._restoring
+        return under_way is not None and under_way.busy
+
+    def turn(self) -> None:
+        """Go on with pages that have come."""
+        if (under_way := self._saving or self._restoring) is not None:
+            under_way.turn()
+
+    def begin(self) -> None:
+        """The launcher is there, so that it can be told of a failure."""
+        if self._restoring is not None:
+            self._restoring.begin()
+
+    def holds(self, cpu: int) -> bool:
+        """A vCPU process is there. True: it gets its registers when everybody can go on; False: it boots."""
+        if self._restoring is not None:
+            self._restoring.hello(cpu)
+        return self._restoring is not None
+
+    def _save_vm(self, peer: Peer, identity: bytes, message: wire.SaveVm, _: Sequence[bytes]) -> None:
+        """Refused where there is nothing to save any more: the run then ends as it would have."""
+        only_launcher(peer)
+        if self._saving is not None or not self._shell.clock.measures or self._shell.clock.finished:
+            raise WireError(Nack.NOT_EXPECTED, "this run cannot be saved now", wire.Kind.SAVE_VM)
+        self._saving = Saving(self._shell)
+
+    def _registers(self, peer: Peer, identity: bytes, message: wire.Registers, _: Sequence[bytes]) -> None:
+        kind, cpu, _epoch = peer
+        if kind != "V" or cpu >= len(self._shell.vcpus) or self._saving is None:
+            raise WireError(Nack.NOT_EXPECTED, "registers that nobody asked for", wire.Kind.REGISTERS)
+        observe(self._shell.writer, message)
+        self._saving.registers(cpu, message)
+
+    def close(self) -> None:
+        """Files, finished or not."""
+        try:
+            if self._restoring is not None:
+                self._restoring.close()
+        finally:
+            if self._saving is not None:
+                self._saving.close()

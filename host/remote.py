@@ -1,4 +1,4 @@
-"""Daemons elsewhere, as the host's shell sees them: it connects, attaches, and hears what any daemon says.
+"""Daemons elsewhere, as the host sees them: it connects, attaches, and hears what any daemon says.
 
 The machines know nothing of it: an incarnation of a daemon elsewhere is an epoch like any other, counted from 0 in this run (the
 daemon's own epochs go on from run to run and are translated here).
@@ -12,7 +12,7 @@ daemon's own epochs go on from run to run and are translated here).
 * Nothing is heard for `give_up_seconds`: the same. Whether the run can do without it is the machines' business.
 * One that could not be used at all, at the start (`CONNECT_NS`): the run ends with the reason.
 
-Not handled here: keys and sockets (proto/remote.py), the messages themselves (host/shell.py).
+Not handled here: keys and sockets (proto/remote.py), what incarnations and replies mean to the run (host/daemon_links.py).
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ from typing import Any, Final, Protocol
 import zmq
 
 from host import events as ev
+from host.daemon_links import DaemonLinks
+from host.peers import Peer
+from host.setup import ShellObserver
+from host.swap import SwapMachine
 from proto import curve, link, remote, wire
 from proto.curve import Context, Endpoint
 from proto.stats import HostCounter
@@ -48,32 +52,22 @@ _HANDSHAKE: Final[dict[int, str]] = {
 }
 
 
-class Link(Protocol):
-    """What the shell knows of a daemon's link (host/shell.py `Daemon`)."""
-
-    identity: bytes
-    epoch: int
-    up: bool
-    fenced: bool
-    gone: str
-    last_pong_ns: int
-    ping_nonce: int
-
-
 class Shell(Protocol):
     """What is needed of the host's shell."""
 
-    daemons: list[Any]
-    obs: Any
-    swap: Any
+    topology: Topology
+    obs: ShellObserver
+    swap: SwapMachine
+    links: DaemonLinks
 
-    def dispatch(
-        self, peer: tuple[str, int, int], identity: bytes, message: Message, extra: Sequence[bytes]
-    ) -> None:
+    def feed(self, machine: Any, event: Any) -> None:
+        """Give a machine an event."""
+
+    def to_launcher(self, message: Message) -> None:
+        """As soon as it can take it."""
+
+    def dispatch(self, peer: Peer, identity: bytes, message: Message, extra: Sequence[bytes]) -> None:
         """Handle a message of a daemon. WireError when it is not what may be said."""
-
-    def admit(self, number: int, identity: bytes, epoch: int) -> None:
-        """An incarnation is up."""
 
 
 class RemoteDaemon:
@@ -182,23 +176,12 @@ class RemoteDaemon:
 
 
 class RemoteDaemons:
-    """All of a run's. `fail` is told, once, why the run cannot begin; `lose`, which daemon never comes back, and why."""
+    """All of a run's. ``slots``: blocks of each daemon's swap file. The launcher is told, once, why the run cannot begin."""
 
-    def __init__(
-        self,
-        shell: Shell,
-        context: Context,
-        poller: zmq.Poller,
-        topology: Topology,
-        slots: Sequence[int],
-        feed: Callable[[Any, Any], None],
-        fail: Callable[[str], None],
-        lose: Callable[[int, str], None],
-    ) -> None:
+    def __init__(self, shell: Shell, context: Context, poller: zmq.Poller, slots: Sequence[int]) -> None:
+        """Connects. Raises UserError for a key file that cannot be used."""
+        topology = shell.topology
         self._shell = shell
-        self._feed = feed
-        self._fail = fail
-        self._lose = lose
         self._failed = False
         self._handlers: dict[type[Any], Callable[[RemoteDaemon, Any, Sequence[bytes]], None]] = {
             wire.Offer: self._offered,
@@ -235,7 +218,7 @@ class RemoteDaemons:
         daemon.last_event = event
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             daemon.trouble = "it does not answer"
-            if not self._shell.daemons[daemon.number].gone:
+            if not self._shell.links.daemons[daemon.number].gone:
                 daemon.attach()
         elif event in _HANDSHAKE:
             daemon.trouble = _HANDSHAKE[event]
@@ -284,7 +267,7 @@ class RemoteDaemons:
                 )
                 return
             daemon.base, daemon.file = offer.epoch, offer.file
-        known: Link = self._shell.daemons[daemon.number]
+        known = self._shell.links.daemons[daemon.number]
         epoch = offer.epoch - daemon.base
         if known.gone or epoch < known.epoch or epoch < 0:
             self._shell.obs.count(HostCounter.STALE_REPLIES)
@@ -300,17 +283,17 @@ class RemoteDaemons:
         if epoch == known.epoch and known.up:
             # The link was gone for a while: what was sent meanwhile may be lost.
             daemon.send(wire.Welcome(epoch, 1), ())
-            self._feed(self._shell.swap, ev.LookAtRequests())
+            self._shell.feed(self._shell.swap, ev.LookAtRequests())
             return
         if known.up:
-            self._feed(self._shell.swap, ev.DaemonLost(daemon.number, known.epoch))
-            self._feed(self._shell.swap, ev.DaemonFenced(daemon.number, known.epoch))
-        self._shell.admit(daemon.number, daemon.name, epoch)
+            self._shell.feed(self._shell.swap, ev.DaemonLost(daemon.number, known.epoch))
+            self._shell.feed(self._shell.swap, ev.DaemonFenced(daemon.number, known.epoch))
+        self._shell.links.admit(daemon.number, daemon.name, epoch)
 
     def _sign_of_life(self, daemon: RemoteDaemon, *, successor: bool = False) -> None:
         """Of a daemon that is there, or of its successor. That it was away is told to those who look at outages."""
         silent_ns, daemon.heard_ns = daemon.heard_ns, time.monotonic_ns()
-        known: Link = self._shell.daemons[daemon.number]
+        known = self._shell.links.daemons[daemon.number]
         if not known.up or (not successor and daemon.heard_ns - silent_ns < SILENCE_NS):
             return
         obs = self._shell.obs
@@ -322,7 +305,7 @@ class RemoteDaemons:
     # -- time ----------------------------------------------------------------------------------------------
     def heartbeat(self, number: int, now_ns: int) -> None:
         """Every half second."""
-        daemon, known = self.daemons[number], self._shell.daemons[number]
+        daemon, known = self.daemons[number], self._shell.links.daemons[number]
         if known.gone:
             return
         if known.up:
@@ -344,10 +327,10 @@ class RemoteDaemons:
     def _give_up(self, daemon: RemoteDaemon, why: str) -> None:
         text = f"swapd-{daemon.number} at {daemon.endpoint} {why}"
         if daemon.base is not None:
-            self._lose(daemon.number, text)
+            self._shell.links.give_up(daemon.number, text)
         elif not self._failed:
             self._failed = True
-            self._fail(text)
+            self._shell.to_launcher(wire.Failed(text))
 
     def close(self) -> None:
         """Sockets."""

@@ -1,12 +1,15 @@
-"""What the host's shell makes of a topology before the first message: its machines, and where their observations go."""
+"""What the host's shell makes of a run's topology and segments before the first message: its memory, its machines, and where their
+observations go.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-from host.memory import VmPort
+from host.memory import HostMemory, U64Array, VmMemory, VmPort
 from host.observe import Observer
+from host.schedule import Guest
 from host.slots import Memslot, Region
 from host.swap import SwapMachine
 from host.vcpu import VcpuMachine
@@ -14,10 +17,11 @@ from host.vm import Limits, VmMachine
 from proto.kvm import AREA_BYTES
 from proto.machine import Machine
 from proto.profile import PROFILES
+from proto.run import RunContext
 from proto.stats import HostCounter, HostHist, StatsBlock
 from proto.topology import PAGES_PER_MIB, Topology
 from proto.trace import Kind, TraceWriter
-from proto.units import PAGE_SIZE
+from proto.units import PAGE_SIZE, WORDS_PER_PAGE
 
 AREAS_PER_PAGE: Final = PAGE_SIZE // AREA_BYTES
 PAGES_PER_INSTRUCTION: Final = 8
@@ -94,6 +98,35 @@ def water_marks(topology: Topology) -> Limits:
 def least_frames(vcpus: int, frames: int) -> int:
     """Frames that must be able to change their page, or nobody gets anywhere: what an instruction of each vCPU touches."""
     return min(PAGES_PER_INSTRUCTION * vcpus, frames // 4)
+
+
+def _control_page(ctx: RunContext, vm: int) -> U64Array:
+    """Behind the page of the run."""
+    return ctx.segments["control"].u64[(1 + vm) * WORDS_PER_PAGE : (2 + vm) * WORDS_PER_PAGE]
+
+
+def host_memory(ctx: RunContext) -> HostMemory:
+    """Frames, page tables, vCPU pages and control pages, as they lie in the run's segments."""
+    vms = [
+        VmMemory(ctx.segments[f"npt-{v}"].u64, _control_page(ctx, v), ctx.first_cpu(v), vm.vcpus)
+        for v, vm in enumerate(ctx.topology.vm)
+    ]
+    return HostMemory(ctx.segments["frames"].u64, ctx.segments["vcpus"].u64, vms)
+
+
+def guests(ctx: RunContext) -> list[Guest]:
+    """What the schedule works on, for each VM."""
+    return [
+        Guest(_control_page(ctx, v), ctx.segments[f"kernel-{v}"].u64, slot.base_hvp + slot.pages)
+        for v, slot in enumerate(memslots(ctx.topology))
+    ]
+
+
+def vcpus_of_vms(ctx: RunContext) -> list[list[int]]:
+    """Global vCPU numbers of each VM, first one first."""
+    return [
+        list(range(ctx.first_cpu(v), ctx.first_cpu(v) + vm.vcpus)) for v, vm in enumerate(ctx.topology.vm)
+    ]
 
 
 class HostMachines(NamedTuple):

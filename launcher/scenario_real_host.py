@@ -19,6 +19,7 @@ import numpy as np
 
 from host import events as ev
 from host.kernels import HPT_EVICT, HPT_RESIDENT, HPT_SLOT, HPT_WRITING
+from host.peers import Peer
 from host.setup import ShellObserver
 from host.shell import HostShell
 from host.shell import warm as warm_host
@@ -95,15 +96,16 @@ class ScenarioHost(HostShell):
         self.max_outstanding = 0
         self._setting_up: list[int] | None = None
         """gfns on their way to swap; None before the page server is up."""
-        self._waiting: list[tuple[tuple[str, int, int], bytes, wire.Hello]] = []
+        self._waiting: list[tuple[Peer, bytes, wire.Hello]] = []
         self._paging_out: list[tuple[bytes, int, int]] = []
         """(vCPU, sequence number of its exit, gfn) of script steps under way."""
         self._changing: list[tuple[bytes, int]] = []
         """(vCPU, sequence number of its exit) of steps that wait for their layout."""
         self._not_begun, self._first = _begin_together(self.scenario)
-        self._first_exits: list[tuple[tuple[str, int, int], bytes, wire.Exit]] = []
+        self._first_exits: list[tuple[Peer, bytes, wire.Exit]] = []
         """Held until all are there."""
         self._limit_ns = 0
+        self.links.on_up.append(self._set_up)
         self._effects[ev.MemslotsSet] = self._slots_changed
         answer = self._effects[ev.Answer]
         self._effects[ev.Answer] = lambda e: None if e.cpu == NOBODY else answer(e)
@@ -123,9 +125,8 @@ class ScenarioHost(HostShell):
         self.layouts = Layouts(self.topology.vm[0].memory_mib * PAGES_PER_MIB)
 
     # -- set-up --------------------------------------------------------------------------------------------
-    def admit(self, number: int, identity: bytes, epoch: int) -> None:
-        """The first one is followed by the set-up of the scenario."""
-        super().admit(number, identity, epoch)
+    def _set_up(self) -> None:
+        """The page server is up: what the scenario wants on swap goes there, once."""
         if self._setting_up is None:
             self._route()
             self._setting_up = part.on_swap(self.scenario)
@@ -143,7 +144,7 @@ class ScenarioHost(HostShell):
 
     def _fill(self, gfn: int, words: Mapping[int, int]) -> None:
         """Words of a page by index."""
-        self._feed(self.vm, ev.GetPage(NOBODY, 0, 0, gfn, True, ev.Gup.WAIT))
+        self.feed(self.vm, ev.GetPage(NOBODY, 0, 0, gfn, True, ev.Gup.WAIT))
         self._route()
         frame = int(self.vm.frame_of[gfn])
         for index, word in words.items():
@@ -160,9 +161,7 @@ class ScenarioHost(HostShell):
         self.vm.state[hvp] = HPT_EVICT
         self.vm._begin_grace(0, [hvp])
 
-    def _hello(
-        self, peer: tuple[str, int, int], identity: bytes, message: wire.Hello, extra: Sequence[bytes]
-    ) -> None:
+    def _hello(self, peer: Peer, identity: bytes, message: wire.Hello, extra: Sequence[bytes]) -> None:
         if peer[0] == "V" and not self._limit_ns:
             self._waiting.append((peer, identity, message))
         else:
@@ -175,7 +174,7 @@ class ScenarioHost(HostShell):
         for peer, identity, message in self._waiting:
             super()._hello(peer, identity, message, ())
 
-    def _gather(self, peer: tuple[str, int, int], identity: bytes, message: wire.Exit) -> None:
+    def _gather(self, peer: Peer, identity: bytes, message: wire.Exit) -> None:
         """Take the exit that a vCPU begins with; with the last one all are handled."""
         self._not_begun.discard(peer[1])
         self._first_exits.append((peer, identity, message))
@@ -189,18 +188,16 @@ class ScenarioHost(HostShell):
         super()._kick(effect)
 
     # -- the script ----------------------------------------------------------------------------------------
-    def _exit(
-        self, peer: tuple[str, int, int], identity: bytes, message: wire.Exit, extra: Sequence[bytes]
-    ) -> None:
+    def _exit(self, peer: Peer, identity: bytes, message: wire.Exit, extra: Sequence[bytes]) -> None:
         call = message.arg0 if peer[0] == "V" and message.reason == wire.ExitReason.HYPERCALL else 0
         if call == part.HC_PAGE_OUT:
             self._evict(message.arg1)
             self._paging_out.append((identity, message.seq, message.arg1))
         elif call == part.HC_SLOTS:
             self._changing.append((identity, message.seq))
-            self._feed(self.vm, self.layouts.change(self.vm.slots, part.unpack_change(message.arg1)))
+            self.feed(self.vm, self.layouts.change(self.vm.slots, part.unpack_change(message.arg1)))
         elif call == part.HC_END:
-            self._finish("the script ended the run")
+            self.clock.finish("the script ended the run")
         elif peer[0] == "V" and peer[1] in self._not_begun and message.reason in self._first:
             self._gather(peer, identity, message)
         else:
@@ -219,12 +216,7 @@ class ScenarioHost(HostShell):
 
     def _answer(self, identity: bytes, seq: int) -> None:
         """A step of the script is done."""
-        self._send(identity, wire.Entry(seq, 0, wire.Inject.NONE, 0, 0, 0, 0, wire.Held.NONE, 0, 0))
-
-    def _finish(self, reason: str) -> None:
-        if not self.finished:
-            self.finished = True
-            self._to_launcher(wire.Finished(reason))
+        self.send(identity, wire.Entry(seq, 0, wire.Inject.NONE, 0, 0, 0, 0, wire.Held.NONE, 0, 0))
 
     # -- the loop ------------------------------------------------------------------------------------------
     def _route(self) -> None:
@@ -239,7 +231,7 @@ class ScenarioHost(HostShell):
             self._open()
         self._paged_out()
         if self._limit_ns and now > self._limit_ns:
-            self._finish("the scenario did not end")
+            self.clock.finish("the scenario did not end")
 
     def leave_part(self) -> None:
         """Events and counters for the launcher."""

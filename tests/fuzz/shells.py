@@ -48,24 +48,13 @@ class _Quiet:
 class _Host(_Quiet, HostShell):
     def __init__(self, ctx: RunContext) -> None:
         _Quiet.__init__(self)
-        self.failures: list[str] = []
         HostShell.__init__(self, ctx)
 
     def _sockets(self) -> None:
         """None: nothing comes but what a test says. No daemon of this topology is elsewhere either."""
-        self.context = zmq.Context.instance()
-        self.remote = RemoteDaemons(
-            self,
-            self.context,
-            zmq.Poller(),
-            self.topology,
-            [],
-            self._feed,
-            self.failures.append,
-            self.give_up,
-        )
+        self.remote = RemoteDaemons(self, zmq.Context.instance(), zmq.Poller(), [])
 
-    def _send(self, identity: bytes, message: Any, pages: Sequence[memoryview] = ()) -> bool:  # noqa: ARG002
+    def send(self, identity: bytes, message: Any, pages: Sequence[memoryview] = ()) -> bool:  # noqa: ARG002
         wire.encode(message)
         self.sent.append(message)
         return True
@@ -76,7 +65,7 @@ class _Host(_Quiet, HostShell):
         self._route()
         self._due(time.monotonic_ns())
         self._route()
-        self._send_io()
+        self.links.flush()
 
     def close(self) -> None:
         self.writer.close()

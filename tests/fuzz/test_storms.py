@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 import pytest
 
-from host.shell import TIMERS_PER_VCPU
+from host.timers import TIMERS_PER_VCPU
 from proto import kvm, wire
 from proto.lives import Where
 from tests.fuzz.messages import IDENTITIES, S0, S1, V0, V1, WIDTHS, exit_of, ordinary

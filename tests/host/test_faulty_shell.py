@@ -29,7 +29,7 @@ class Shell(FaultyShell):
         self.sent: list[tuple[bytes, Any, int]] = []
         super().__init__(ctx)
 
-    def _send(self, identity: bytes, message: Any, pages: Any = ()) -> bool:
+    def send(self, identity: bytes, message: Any, pages: Any = ()) -> bool:
         self.sent.append((identity, message, len(pages)))
         return True
 
@@ -49,7 +49,7 @@ class Shell(FaultyShell):
         for serial in range(count):
             self._to_swap(ev.SwapOut(serial, serial, serial, -1, 5))
         self._route()
-        self._send_io()
+        self.links.flush()
         found = self.heard(wire.Io)
         return [int(ident) for ident in found[-1].records["id"]] if found else []
 
@@ -81,7 +81,7 @@ def make(tmp_path: Path) -> Iterator[Make]:
         made.append((shell, parts))
         shell.say(wire.Hello(wire.Role.SWAPD, 0, 0, 1))
         if started:
-            shell.start_clock(time.monotonic_ns() - 1)
+            shell.clock.start(time.monotonic_ns() - 1)
         return shell
 
     yield shell_with
@@ -113,7 +113,9 @@ def test_a_late_answer_of_a_daemon_that_died_is_ignored(make: Make) -> None:
     shell = make({"do": "delay", "nth": 2, "for_ms": 1})
     shell.answer(*shell.ask(1))
     assert shell.swap.outstanding == 1
-    shell.say(wire.DaemonDown(0, 0), link.launcher_identity())
+    for report in (wire.DaemonDown(0, 0), wire.DaemonFenced(0, 0)):
+        shell.say(report, link.launcher_identity())
+    shell.say(wire.Hello(wire.Role.SWAPD, 0, 1, 1), link.swapd_identity(0, 1))
     time.sleep(0.002)
     shell._due(time.monotonic_ns())
     shell._route()
@@ -140,9 +142,9 @@ def test_only_what_was_written_is_done(make: Make) -> None:
 def test_nothing_is_counted_before_the_barrier_and_after_the_stop(make: Make) -> None:
     shell = make({"do": "drop", "nth": 1, "times": 9}, started=False)
     assert len(shell.ask(1)) == 1
-    shell.start_clock(time.monotonic_ns() - 1)
+    shell.clock.start(time.monotonic_ns() - 1)
     assert shell.ask(1) == shell.ask(1)
-    shell._stop("time")
+    shell.clock.stop("time")
     before = len(shell.heard(wire.Io))
     shell.ask(1)
     assert len(shell.heard(wire.Io)) == before + 1

@@ -35,7 +35,7 @@ class Shell(HostShell):
         self.told: list[Any] = []
         super().__init__(ctx)
 
-    def _to_launcher(self, message: Any) -> None:
+    def to_launcher(self, message: Any) -> None:
         self.told.append(message)
 
 
@@ -72,7 +72,7 @@ class World:
 
     def turn(self) -> None:
         """Both ends handle what has come."""
-        self.shell.poller.poll(10)
+        self.shell.sockets.poller.poll(10)
         self.shell.remote.drain()
         self.shell._route()
         while self.far.poll(1):
@@ -192,13 +192,13 @@ def test_an_old_epoch_that_still_answers_is_refused(attached: World) -> None:
 
 def test_unanswered_requests_go_to_the_next_incarnation_under_their_id(attached: World) -> None:
     slot = attached.shell.swap.copies.take(lambda _: True)
-    attached.shell._feed(attached.shell.swap, ev.SwapIn(slot=slot, frame=1, hvp=9))
+    attached.shell.feed(attached.shell.swap, ev.SwapIn(slot=slot, frame=1, hvp=9))
     attached.shell._route()
-    attached.shell._send_io()
+    attached.shell.links.flush()
     first = attached.says(wire.Io)
     attached.say(wire.Offer(FIRST + 1, 7, SLOTS, 1))
     attached.says(wire.Welcome, 2)
-    attached.shell._send_io()
+    attached.shell.links.flush()
     second = attached.says(wire.Io, 2)
     assert (first.epoch, second.epoch) == (FIRST, FIRST + 1)
     assert first.records.tolist() == second.records.tolist()
@@ -292,7 +292,7 @@ def test_it_does_not_come_in_by_the_other_door(attached: World) -> None:
     before = count(attached, HostCounter.BAD_MESSAGES)
     attached.shell._receive([link.swapd_identity(0, 1), wire.encode(wire.Hello(wire.Role.SWAPD, 0, 1, 1))])
     assert count(attached, HostCounter.BAD_MESSAGES) == before + 1
-    assert attached.shell.daemons[0].epoch == 0
+    assert attached.shell.links.daemons[0].epoch == 0
 
 
 def test_a_stale_nack_makes_it_attach_again(attached: World) -> None:
@@ -303,7 +303,7 @@ def test_a_stale_nack_makes_it_attach_again(attached: World) -> None:
 
 def test_a_connection_that_was_closed_on_purpose_is_made_again(world: World) -> None:
     world.say(wire.Offer(FIRST, 7, SLOTS, 1))
-    world.until(lambda: world.shell.daemons[0].up)
+    world.until(lambda: world.shell.links.daemons[0].up)
     remote, attached = world.shell.remote, sum(isinstance(one, wire.Attach) for one in world.heard)
     now_ns = time.monotonic_ns()
     remote.disconnect(0, now_ns + 1_000_000)
@@ -318,4 +318,4 @@ def test_a_connection_that_was_closed_on_purpose_is_made_again(world: World) -> 
     world.say(wire.Offer(FIRST, 7, SLOTS, 1))
     world.says(wire.Welcome, 2)
     assert world.shell.swap.daemons[0].state is DaemonState.UP
-    assert world.shell.daemons[0].epoch == 0, "the same incarnation"
+    assert world.shell.links.daemons[0].epoch == 0, "the same incarnation"

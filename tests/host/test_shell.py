@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from host import events as ev
 from host.shell import HostShell
 from proto import link, segments, wire
+from proto.layout import CTL_BARRIER, CTL_START_NS, CTL_STOP, K_TASKS
 from proto.lives import DaemonState
 from proto.run import RunContext, SwapFileInfo
 from proto.stats import HostCounter
@@ -27,7 +29,7 @@ class Shell(HostShell):
         self.sent: list[tuple[bytes, Any, int]] = []
         super().__init__(ctx)
 
-    def _send(self, identity: bytes, message: Any, pages: Any = ()) -> bool:
+    def send(self, identity: bytes, message: Any, pages: Any = ()) -> bool:
         self.sent.append((identity, message, len(pages)))
         return True
 
@@ -120,7 +122,7 @@ def test_what_is_known_of_daemons_does_not_grow_with_restarts(shell: Shell) -> N
         shell.say(daemon(epoch), hello(epoch))
         shell.say(link.launcher_identity(), wire.DaemonDown(0, epoch))
         shell.say(link.launcher_identity(), wire.DaemonFenced(0, epoch))
-    assert len(shell.peers) <= 3
+    assert len(shell.peers.known) <= 3
 
 
 def test_a_daemon_that_is_gone_ends_a_run_without_replicas_and_cannot_come_back(shell: Shell) -> None:
@@ -141,6 +143,46 @@ def test_a_daemon_that_is_gone_ends_a_run_without_replicas_and_cannot_come_back(
     assert shell.answers(wire.NackMsg)[-1].code == Nack.STALE_EPOCH
 
 
+def perform(shell: Shell, *effects: Any) -> None:
+    """As if a machine had wanted it."""
+    for effect in effects:
+        shell._effects[type(effect)](effect)
+
+
+def test_the_barrier_opens_once_when_all_tasks_are_there(shell: Shell) -> None:
+    launcher = link.launcher_identity()
+    shell.say(launcher, wire.Hello(wire.Role.LAUNCHER, 0, 0, 1))
+    shell.say(daemon(0), hello(0))
+    shell.ctx.segments["kernel-0"].u64[K_TASKS] = 2
+    perform(shell, ev.AtBarrier(0, 1))
+    assert not shell.control[CTL_BARRIER]
+    assert not shell.clock.measures
+    perform(shell, ev.AtBarrier(0, 2), ev.AtBarrier(0, 2))
+    assert shell.control[CTL_BARRIER] == 1
+    (started,) = shell.answers(wire.Started)
+    assert started.start_ns == shell.control[CTL_START_NS] == shell.clock.start_ns
+    assert len(shell.answers(wire.Model)) == 1
+    for reason in ("enough", "really"):
+        shell.say(launcher, wire.Stop(reason))
+    assert shell.control[CTL_STOP] == 1
+    assert not shell.clock.measures
+
+
+def test_a_run_ends_once(shell: Shell) -> None:
+    shell.say(link.launcher_identity(), wire.Hello(wire.Role.LAUNCHER, 0, 0, 1))
+    perform(shell, ev.PoweredDown(0), ev.OutOfMemory(3))
+    assert len(shell.answers(wire.Finished)) == 1
+    assert shell.answers(wire.Failed) == []
+
+
+def test_out_of_memory_is_the_end_whatever_comes_after_it(shell: Shell) -> None:
+    shell.say(link.launcher_identity(), wire.Hello(wire.Role.LAUNCHER, 0, 0, 1))
+    perform(shell, ev.OutOfMemory(3), ev.OutOfMemory(4), ev.PoweredDown(0))
+    (failed,) = shell.answers(wire.Failed)
+    assert failed.reason.startswith("out of memory: 3 faults")
+    assert shell.answers(wire.Finished) == []
+
+
 @pytest.mark.parametrize(
     ("identity", "message", "code"),
     [
@@ -150,6 +192,9 @@ def test_a_daemon_that_is_gone_ends_a_run_without_replicas_and_cannot_come_back(
         (link.vcpu_identity(0), wire.Pong(0, 0), Nack.STRANGER),
         (link.vcpu_identity(5), wire.Hello(wire.Role.VCPU, 5, 0, 1), Nack.STRANGER),
         (link.launcher_identity(), wire.DaemonGone(9, "x"), Nack.FIELD),
+        (link.launcher_identity(), wire.SaveVm("x"), Nack.NOT_EXPECTED),
+        (link.vcpu_identity(0), wire.SaveVm("x"), Nack.STRANGER),
+        (link.vcpu_identity(0), wire.Registers(1, np.array([(1,)], wire.REGISTER_DTYPE)), Nack.NOT_EXPECTED),
         (link.vcpu_identity(0), wire.Entry(0, 0, 0, 0, 0, 0, 0, 0, 0, 0), Nack.NOT_EXPECTED),
     ],
 )

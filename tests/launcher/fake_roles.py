@@ -79,6 +79,8 @@ class _Host:
                 self._tell(wire.HostReady(os.getpid()))
             case wire.Stop(reason) if self.script != "deaf":
                 self.reason = reason
+            case wire.DaemonGone(_, reason):
+                self._tell(wire.Failed(reason))  # as without replicas: its pages were only there
             case wire.Bye() if self.script != "deaf":
                 self.leave = True
 

@@ -198,7 +198,7 @@ WAYS: Final = (
     Way(r"os\.ftruncate", _os(_E.EIO, _E.ENOSPC)),
     Way(r"os\.posix_fallocate", _os(_E.ENOSPC, _E.EIO)),
     Way(r"os\.close", (BAD_CLOSE,)),
-    Way(r"os\.eventfd", _os(_E.EMFILE, _E.ENOMEM)),
+    Way(r"os\.(eventfd|pidfd_open)", _os(_E.EMFILE, _E.ENOMEM)),
     Way(r"os\.memfd_create", _os(_E.EMFILE, _E.ENOMEM)),
     Way(r"fcntl\.flock", _os(_E.EAGAIN, _E.ENOLCK)),
     Way(r"\w+(\.parent)?\.mkdir|folder\.mkdir", _os(_E.ENOSPC, _E.EACCES)),
@@ -206,7 +206,7 @@ WAYS: Final = (
     Way(r"mmap\.mmap", _os(_E.ENOMEM)),
     Way(r"self\._map\.madvise", _os(_E.EAGAIN)),
     Way(
-        r"np\.(zeros|empty|full|ones|arange|array|ascontiguousarray|concatenate|stack|frombuffer|flatnonzero|ctypeslib\.as_array)",
+        r"np\.(zeros|empty|full|ones|arange|array|asarray|isin|ascontiguousarray|concatenate|stack|frombuffer|flatnonzero|ctypeslib\.as_array)",
         (MEMORY,),
     ),
     Way(r"bytes|bytearray|(\w+\.)*tobytes|(\S+\.)tobytes", (MEMORY,)),
@@ -226,6 +226,7 @@ WAYS: Final = (
 
 HARMLESS: Final[dict[str, str]] = {
     r"np\.(u?int\d+|dtype|array_equal|ctypeslib.*|random.*)": "types and comparisons of numbers",
+    r"np\.(any|count_nonzero)": "one number",
     r"os\.(WIF\w+|WTERMSIG|getpid|getppid|strerror|fspath|kill|_exit|urandom|waitpid|fork|pipe)": "no resource, or only of a child process",
     r"os\.lseek": "fails only for a descriptor that is none of a file",
     r"os\.eventfd_write": "fails only after 2^64 - 2 rings that nobody cleared",

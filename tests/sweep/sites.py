@@ -51,7 +51,7 @@ class Site(NamedTuple):
     """Among the sites of the same text in the same function, from 1: stays when lines move."""
 
     def __str__(self) -> str:
-        """host/shell.py HostShell._send: self.router.send #1."""
+        """host/sockets.py HostSockets.send: self.router.send #1."""
         return f"{self.module.replace('.', '/')}.py {self.function}: {self.call} #{self.number}"
 
 

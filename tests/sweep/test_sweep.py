@@ -23,6 +23,10 @@ from tests.sweep.sites import Shot, Site, Sweep
 from tests.sweep.talk import Saved
 
 NOT_REACHED: Final = {
+    r"host\.(faults|faulty_shell) .*|swapd\.faulty .*": "a run with a schedule of faults (tests/host/test_faulty_shell.py, tests/e2e)",
+    r"host\.\w+ \w+\.(_slots_lost|gone)": "a daemon that is gone for good ends this run, which has no replicas (tests/host/test_remote.py)",
+    r"host\.\w+ \w+\._unstick|host\.shortage .*": "swap that is all used up (tests/host/test_shortage.py)",
+    r"host\.copies Copies\.blocks_used": "simulated worlds, which look at it",
     r"host\.logged Replaying.*": "`replay` and its tests, no part of a run",
     r"host\.warm .*|swapd\.\w+ warm": "in the zygote, before anything is there that could suffer",
     r"swapd\.engine Engine\.(submit|reap)": "requests of blocks that the file does not have, which no host of ours makes",
@@ -139,7 +143,7 @@ def _shoot(court: Court, saved: Saved, text: str, fault: str, n: int = 1) -> str
 
 
 def test_outcomes_are_told_apart(court: Court, saved: Saved) -> None:
-    assert _shoot(court, saved, "HostShell._send: self.router.send #1", "EAGAIN", 3) == HANDLED
+    assert _shoot(court, saved, "HostSockets.send: self.router.send #1", "EAGAIN", 3) == HANDLED
     assert _shoot(court, saved, "Timer.__init__: _libc.timerfd_create", "EMFILE") == RESTARTED
     assert _shoot(court, saved, "link.py bind_router: socket.bind", "EADDRINUSE") == ENDED
 
@@ -148,7 +152,7 @@ def test_a_lost_entry_is_a_hang(court: Court, saved: Saved, monkeypatch: pytest.
     monkeypatch.setattr(Outbox, "retry", lambda _: None)
     monkeypatch.setattr(talk, "BOUND_S", 1.5)
     with pytest.raises(talk.HangError):
-        _shoot(court, saved, "HostShell._send: self.router.send #1", "EHOSTUNREACH", 1)
+        _shoot(court, saved, "HostSockets.send: self.router.send #1", "EHOSTUNREACH", 1)
 
 
 def test_a_descriptor_that_stays_is_seen(court: Court, saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
