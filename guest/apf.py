@@ -9,7 +9,7 @@ Invariants
   the direct map, so the read takes nested faults at most, and the host answers those synchronously while IF=0).
 * A context that must not sleep never switches tasks: its CPU halts, with interrupts on, until the node is unlinked (spec §2.6, I41).
 
-Not handled here: the sleeper table (guest/sleepers.py), what runs next (guest/machine.py).
+Not handled here: the sleeper table (guest/sleepers.py), what runs next (guest/switching.py).
 """
 
 from __future__ import annotations
@@ -63,41 +63,49 @@ ACK: Final = 1
 
 
 class AsyncPf:
-    """Async-PF state of one CPU is in its page (VP_APF_*) and in the sleeper table; this object holds none."""
+    """Async-PF state of one CPU is in its page (VP_APF_*) and in the sleeper table; this object knows only whether a wait halts."""
 
-    __slots__ = ("_area", "_cpu")
+    __slots__ = ("_area", "_cpu", "halting", "strays")
 
     def __init__(self, cpu: GuestCpu) -> None:
         self._cpu = cpu
         self._area = APF_AREA_GPA + AREA_BYTES * cpu.config.vcpu_id
+        self.halting = False
+        """The current context halts in wait(token)."""
+        self.strays = 0
+        """Async-PF words that did not go with their exception."""
+
+    def forget(self) -> None:
+        """The CPU was reset: no wait is under way any more."""
+        self.halting = False
 
     def enable(self) -> Path:
         """Per-CPU set-up, interrupts off: the vector before the enable register, `enabled` last (spec §2.8)."""
         cpu, config = self._cpu, self._cpu.config
         cpu.page.store(VP_APF_GPA, self._area)
-        yield from cpu.access32(self._area + AREA_FLAGS, write=True)
-        yield from cpu.access32(self._area + AREA_TOKEN, write=True)
+        yield from cpu.access.word32(self._area + AREA_FLAGS, write=True)
+        yield from cpu.access.word32(self._area + AREA_TOKEN, write=True)
         value = self._area | EN_ENABLE
         if config.send_always:
             value |= EN_SEND_ALWAYS
         if config.profile.ready_by_interrupt:
             value |= EN_AS_INT
-            yield from cpu.wrmsr(MSR_ASYNC_PF_INT, VECTOR_PAGE_READY)
-        yield from cpu.wrmsr(config.profile.msr_en, value)
+            yield from cpu.exits.wrmsr(MSR_ASYNC_PF_INT, VECTOR_PAGE_READY)
+        yield from cpu.exits.wrmsr(config.profile.msr_en, value)
         cpu.page.store(VP_APF_ENABLED, 1)
 
     def disable(self) -> Path:
         """The register first, `enabled` last (spec §1.3). When this returns the host writes nothing here any more. No-op if not enabled."""
         cpu = self._cpu
         if cpu.page.load(VP_APF_ENABLED):
-            yield from cpu.wrmsr(cpu.config.profile.msr_en, 0)
+            yield from cpu.exits.wrmsr(cpu.config.profile.msr_en, 0)
             cpu.page.store(VP_APF_ENABLED, 0)
 
     # ---- entries ------------------------------------------------------------------------------------------------------------
     def page_fault(self, cr2: int) -> Path:
         """#PF injected by the host, in the context of the current task or of the idle loop."""
         cpu = self._cpu
-        cpu.spend(cpu.config.exception_cost_ns)
+        cpu.clock.spend(cpu.config.exception_cost_ns)
         token = cr2 & 0xFFFF_FFFF
         word = yield from self._read_and_clear(token)
         if word == REASON_NOT_PRESENT:
@@ -109,14 +117,14 @@ class AsyncPf:
             yield from self._ready(token)
         else:
             # The word was taken by somebody else: an ordinary fault to the guest, which executes the instruction again.
-            cpu.strays += 1
+            self.strays += 1
 
     def word_found(self) -> Path:
         """An ordinary #PF of the task found the word set although no event is due: clear it, then handle the fault as what it is.
 
         Dispatching on it would put the task to sleep on an address nobody will ever wake.
         """
-        self._cpu.strays += 1
+        self.strays += 1
         yield from self._read_and_clear(0)
 
     def ready_interrupt(self) -> Path:
@@ -124,21 +132,21 @@ class AsyncPf:
         cpu = self._cpu
         if not cpu.page.load(VP_APF_ENABLED):
             return
-        token = yield from cpu.access32(self._area + AREA_TOKEN)
+        token = yield from cpu.access.word32(self._area + AREA_TOKEN)
         yield from self._ready(token)
         # Logged before the host can see the cleared word.
         cpu.acc.event(Kind.G_CLEAR, token, AREA_TOKEN, token)
-        yield from cpu.access32(self._area + AREA_TOKEN, write=True)
-        yield from cpu.wrmsr(MSR_ASYNC_PF_ACK, ACK)
+        yield from cpu.access.word32(self._area + AREA_TOKEN, write=True)
+        yield from cpu.exits.wrmsr(MSR_ASYNC_PF_ACK, ACK)
 
     def _read_and_clear(self, token: int) -> Path:
         cpu = self._cpu
         if not cpu.page.load(VP_APF_ENABLED):
             return 0
-        word = yield from cpu.access32(self._area + AREA_FLAGS)
+        word = yield from cpu.access.word32(self._area + AREA_FLAGS)
         if word:
             cpu.acc.event(Kind.G_CLEAR, token, AREA_FLAGS, word)
-            yield from cpu.access32(self._area + AREA_FLAGS, write=True)
+            yield from cpu.access.word32(self._area + AREA_FLAGS, write=True)
         return word
 
     def _record_not_present(self, cr2: int, token: int) -> None:
@@ -146,20 +154,20 @@ class AsyncPf:
         task = cpu.queue.current
         cpl = 0
         if task >= 0:
-            cpl = cpu.task_load(task, T_CPL)
-            cpu.acc.latency(VcpuHist.NOT_PRESENT, cpu.now_ns - cpu.task_load(task, T_FAULT_NS))
+            cpl = cpu.tasks.load(task, T_CPL)
+            cpu.acc.latency(VcpuHist.NOT_PRESENT, cpu.now_ns - cpu.tasks.load(task, T_FAULT_NS))
         cpu.acc.event(Kind.G_NP, token, task + 1, cr2, cpl)
 
     # ---- waiting ------------------------------------------------------------------------------------------------------------
     def _may_sleep(self, task: int) -> bool:
         """Spec §2.6: v3 and v7 wherever the preempt count allows, later guests in user mode only; the idle loop never."""
-        if task < 0 or self._cpu.halting:
+        if task < 0 or self.halting:
             return False
         if self._cpu.config.profile.guest_sleeps_in_kernel:
-            return self._cpu.task_load(task, T_PREEMPT) == 0
-        if not self._cpu.task_load(task, T_IF):
+            return self._cpu.tasks.load(task, T_PREEMPT) == 0
+        if not self._cpu.tasks.load(task, T_IF):
             raise GuestPanicError("page not present announced to a context with interrupts off")
-        return self._cpu.task_load(task, T_CPL) != 0
+        return self._cpu.tasks.load(task, T_CPL) != 0
 
     def _wait(self, token: int) -> Path:
         cpu = self._cpu
@@ -169,7 +177,7 @@ class AsyncPf:
             return
         cpu.acc.add(VC_HALT_TASKS)
         # A task's own node may be linked already when an event hits the halt loop itself.
-        own = task >= 0 and not cpu.halting
+        own = task >= 0 and not self.halting
         node = task if own else cpu.sleepers.allocate()
         if node < 0:
             raise GuestPanicError("no free node for a context that has to halt")
@@ -185,43 +193,43 @@ class AsyncPf:
         if not (yield from cpu.sleepers.wait(token, task, halted=False)):
             cpu.acc.event(Kind.G_RESUME, token, task + 1)
             return
-        cpu.task_store(task, T_TOKEN, TOKEN_VALID | token)
+        cpu.tasks.store(task, T_TOKEN, TOKEN_VALID | token)
         cpu.acc.event(Kind.G_SLEEP, token, task + 1, task)
         # A full barrier: the state must be visible before "linked" is read. A waker unlinks, then looks at the state; whichever
         # comes second sees the other (spec §2.3).
-        cpu.task_try(task, "sleep")
+        cpu.tasks.try_move(task, "sleep")
         yield "sleep-state-set"
-        if not cpu.sleepers.linked(task) and cpu.task_try(task, "stay"):
-            cpu.task_store(task, T_TOKEN, 0)
+        if not cpu.sleepers.linked(task) and cpu.tasks.try_move(task, "stay"):
+            cpu.tasks.store(task, T_TOKEN, 0)
             cpu.acc.event(Kind.G_RESUME, token, task + 1)
             return
-        cpu.leave_task()
+        cpu.switching.leave()
 
     def go_on_halting(self, task: int) -> Path:
         """A fresh CPU in the halt loop of ``task``, which waits with its own node: the node says for which token."""
         cpu = self._cpu
         token = cpu.sleepers.token(task)
-        cpu.halting = False
+        self.halting = False
         yield from self._halt_until_unlinked(task, task)
         cpu.acc.event(Kind.G_RESUME, token, task + 1)
 
     def _halt_until_unlinked(self, node: int, task: int) -> Path:
         cpu = self._cpu
-        outer, cpu.halting = cpu.halting, True
+        outer, self.halting = self.halting, True
         if task >= 0 and not outer:
-            cpu.task_move(task, "halt")
+            cpu.tasks.move(task, "halt")
         while cpu.sleepers.linked(node):
-            if cpu.irr:
-                yield from cpu.take_interrupts()
+            if cpu.interrupts.irr:
+                yield from cpu.interrupts.take()
             else:
                 # The halt loop of wait(token): STI; HLT; CLI. A save point where the task's records say all: its own node, no other wait
                 # around this one.
                 cpu.acc.interrupts = 1
-                yield from cpu.halt(restart=node == task and not outer)
+                yield from cpu.execution.halt(restart=node == task and not outer)
                 cpu.acc.interrupts = 0
-        cpu.halting = outer
+        self.halting = outer
         if task >= 0 and not outer:
-            cpu.task_move(task, "go_on")
+            cpu.tasks.move(task, "go_on")
 
     # ---- waking -------------------------------------------------------------------------------------------------------------
     def _ready(self, token: int) -> Path:
@@ -234,7 +242,7 @@ class AsyncPf:
         one = yield from cpu.sleepers.wake(token)
         if one is not None:
             if one.node < cpu.config.tasks:
-                cpu.acc.latency(VcpuHist.READY, cpu.now_ns - cpu.task_load(one.node, T_FAULT_NS))
+                cpu.acc.latency(VcpuHist.READY, cpu.now_ns - cpu.tasks.load(one.node, T_FAULT_NS))
             yield from self._wake_up(one)
 
     def wake_all(self) -> Path:
@@ -249,14 +257,14 @@ class AsyncPf:
         here = one.cpu == cpu.config.vcpu_id
         if one.halted:
             if not here:
-                yield from cpu.send_ipi(one.cpu, VECTOR_RESCHEDULE)
+                yield from cpu.interrupts.send(one.cpu, VECTOR_RESCHEDULE)
             return
         task = one.node
-        cpu.task_store(task, T_WAKE_NS, cpu.now_ns)
-        if not cpu.task_try(task, "wake"):
+        cpu.tasks.store(task, T_WAKE_NS, cpu.now_ns)
+        if not cpu.tasks.try_move(task, "wake"):
             return
-        home = cpu.task_load(task, T_CPU)
+        home = cpu.tasks.load(task, T_CPU)
         if home == cpu.config.vcpu_id:
             cpu.queue.note_wake(task)
         else:
-            yield from cpu.send_ipi(home, VECTOR_RESCHEDULE)
+            yield from cpu.interrupts.send(home, VECTOR_RESCHEDULE)

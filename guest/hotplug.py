@@ -80,16 +80,16 @@ class Hotplug:
     def look(self) -> Path:
         """Do what is wanted of this CPU, if it is in a state for it; True when something was done."""
         cpu = self._cpu
-        if not cpu.barrier_open or cpu.kernel.load(K_POWER) == POWER_OFF:
+        if not cpu.phases.barrier_open or cpu.kernel.load(K_POWER) == POWER_OFF:
             return False
         yield from self._send_home()
         if self._me != BOOT_CPU:
-            if not self._bit(self._wanted, VMC_OFFLINE) or not cpu.put_task_back():
+            if not self._bit(self._wanted, VMC_OFFLINE) or not cpu.switching.put_back():
                 return False
             yield from self._go_offline()
             return True
         if self._wanted.load(VMC_REBOOTS) > self._boots:
-            if not cpu.put_task_back():
+            if not cpu.switching.put_back():
                 return False
             return (yield from self._reboot())
         return (yield from self._start_the_wanted())
@@ -116,12 +116,12 @@ class Hotplug:
         cpu.acc.event(Kind.CPU_OFFLINE, 0, sum(moved.values()))
         cpu.kernel.store(K_HOTPLUG, 0)
         for other in moved:
-            yield from cpu.send_ipi(other, VECTOR_RESCHEDULE)
+            yield from cpu.interrupts.send(other, VECTOR_RESCHEDULE)
         # A full barrier, then a look: whoever switches the machine off looks at the dead afterwards.
         self._set(K_DEAD, on=True)
         yield "offline-dead"
         while cpu.kernel.load(K_POWER) != POWER_OFF:
-            yield from cpu.exit(ExitReason.HLT)
+            yield from cpu.exits.take(ExitReason.HLT)
         cpu.acc.interrupts = 1
 
     def _move_tasks(self) -> dict[int, int]:
@@ -143,7 +143,7 @@ class Hotplug:
 
     def _mine(self) -> list[int]:
         """Tasks of this CPU that are not finished."""
-        load = self._cpu.task_load
+        load = self._cpu.tasks.load
         tasks = [t for t in range(self._cpu.config.tasks) if load(t, T_CPU) == self._me]
         return [t for t in tasks if TS_UNUSED < load(t, T_STATE) < TS_DONE]
 
@@ -151,10 +151,10 @@ class Hotplug:
         cpu = self._cpu
         cpu.acc.event(Kind.TASK_MOVED, 0, task + 1, to)
         # The new queue lifts it to its own floor.
-        cpu.task_store(task, T_VRUNTIME_NS, 0)
+        cpu.tasks.store(task, T_VRUNTIME_NS, 0)
         # The new CPU may find the task before any message of this one reaches it.
-        cpu.task_store(task, T_LAMPORT, cpu.acc.trace.lamport)
-        cpu.task_store(task, T_CPU, to)
+        cpu.tasks.store(task, T_LAMPORT, cpu.acc.trace.lamport)
+        cpu.tasks.store(task, T_CPU, to)
 
     def _send_home(self) -> Path:
         """After a CPU came or went: tasks of others that can run go to where they were placed, if that CPU is online. Only the CPU that a
@@ -167,23 +167,23 @@ class Hotplug:
             return
         self._online = online
         mine = self._mine()
-        away = [t for t in mine if cpu.task_load(t, T_HOME) != self._me]
+        away = [t for t in mine if cpu.tasks.load(t, T_HOME) != self._me]
         self._guests = bool(away)
-        if not any(self._bit(cpu.kernel, K_ONLINE, cpu.task_load(t, T_HOME)) for t in away):
+        if not any(self._bit(cpu.kernel, K_ONLINE, cpu.tasks.load(t, T_HOME)) for t in away):
             return
-        if cpu.queue.current in away and not cpu.put_task_back():
+        if cpu.queue.current in away and not cpu.switching.put_back():
             return
         moved = set()
         yield from self._lock()
         for task in away:
-            home = cpu.task_load(task, T_HOME)
+            home = cpu.tasks.load(task, T_HOME)
             # One that sleeps here is woken here, and goes then.
-            if cpu.task_load(task, T_STATE) == TS_RUNNABLE and self._bit(cpu.kernel, K_ONLINE, home):
+            if cpu.tasks.load(task, T_STATE) == TS_RUNNABLE and self._bit(cpu.kernel, K_ONLINE, home):
                 self._move(task, home)
                 moved.add(home)
         cpu.kernel.store(K_HOTPLUG, 0)
         for home in sorted(moved):
-            yield from cpu.send_ipi(home, VECTOR_RESCHEDULE)
+            yield from cpu.interrupts.send(home, VECTOR_RESCHEDULE)
 
     def _start_the_wanted(self) -> Path:
         cpu, started = self._cpu, False
@@ -195,8 +195,8 @@ class Hotplug:
 
     def _start(self, other: int) -> Path:
         self._set(K_DEAD, other, on=False)
-        yield from self._cpu.send_ipi(other, ICR_INIT)
-        yield from self._cpu.send_ipi(other, ICR_STARTUP)
+        yield from self._cpu.interrupts.send(other, ICR_INIT)
+        yield from self._cpu.interrupts.send(other, ICR_STARTUP)
 
     # ---- a CPU starts again -------------------------------------------------------------------------------------------------
     def started_again(self) -> Path:
@@ -208,9 +208,9 @@ class Hotplug:
             yield ask
             self._boots = self._wanted.load(VMC_REBOOTS)
             cpu.kernel.store(K_BOOTS, self._boots)
-            roots = {cpu.task_load(task, T_CR3) for task in range(cpu.config.tasks)}
+            roots = {cpu.tasks.load(task, T_CR3) for task in range(cpu.config.tasks)}
             for root in sorted(roots):
-                yield from cpu.clear_page(root & -PAGE_SIZE)
+                yield from cpu.access.clear_page(root & -PAGE_SIZE)
         return cpu.kernel.load(K_POWER) != POWER_OFF
 
     def booted_again(self) -> Path:
@@ -219,11 +219,11 @@ class Hotplug:
         cpu.acc.event(Kind.CPU_ONLINE)
         if self._me == BOOT_CPU:
             for other in range(1, cpu.config.vcpus):
-                yield from cpu.send_ipi(other, ICR_STARTUP)
+                yield from cpu.interrupts.send(other, ICR_STARTUP)
             return
         for other in range(cpu.config.vcpus):
             if other != self._me and self._bit(cpu.kernel, K_ONLINE, other):
-                yield from cpu.send_ipi(other, VECTOR_RESCHEDULE)
+                yield from cpu.interrupts.send(other, VECTOR_RESCHEDULE)
 
     # ---- reboot, power off --------------------------------------------------------------------------------------------------
     def _reboot(self) -> Path:
@@ -241,13 +241,13 @@ class Hotplug:
                 break
             # Also one that has come online since.
             for other in sorted(set(loud) - asked):
-                yield from cpu.send_ipi(other, VECTOR_CALL)
+                yield from cpu.interrupts.send(other, VECTOR_CALL)
                 asked.add(other)
             yield cpu.relax()
         else:
             raise GuestPanicError(f"reboot: CPUs {self._loud()} do not answer")
         cpu.acc.event(Kind.G_REBOOT, 0, self._boots)
-        yield from cpu.exit(ExitReason.HYPERCALL, arg0=HC_RESET)
+        yield from cpu.exits.take(ExitReason.HYPERCALL, arg0=HC_RESET)
         raise MachineError("the machine was not reset")
 
     def _loud(self) -> list[int]:
@@ -275,7 +275,7 @@ class Hotplug:
             if self._bit(cpu.kernel, K_DEAD, other):
                 yield from self._start(other)
             elif self._bit(cpu.kernel, K_ONLINE, other):
-                yield from cpu.send_ipi(other, VECTOR_RESCHEDULE)
+                yield from cpu.interrupts.send(other, VECTOR_RESCHEDULE)
 
     # ---- bitmaps and the lock -----------------------------------------------------------------------------------------------
     def _bit(self, port: MemoryPort, bitmap: int, cpu: int = -1) -> bool:

@@ -113,28 +113,28 @@ class OutOfMemory:
     def stop(self, task: int) -> None:
         """``task``, if it was chosen, will not execute again: its CPU, which calls this, is in its kernel."""
         if task >= 0:
-            self._cpu.task_cmpxchg(task, T_DIE, DIE_CHOSEN, DIE_STOPPED)
+            self._cpu.tasks.cmpxchg(task, T_DIE, DIE_CHOSEN, DIE_STOPPED)
 
     def dying(self, task: int) -> bool:
         """Whether a task that this CPU has just made TS_RUNNING was chosen. A full barrier."""
-        return self._cpu.task_cmpxchg(task, T_DIE, DIE_CHOSEN, DIE_STOPPED) != 0
+        return self._cpu.tasks.cmpxchg(task, T_DIE, DIE_CHOSEN, DIE_STOPPED) != 0
 
     # ---- who ------------------------------------------------------------------------------------------------------------------
     def _tasks(self) -> range:
         return range(self._cpu.config.tasks)
 
     def _root(self, task: int) -> int:
-        return self._cpu.task_load(task, T_CR3) >> PAGE_SHIFT
+        return self._cpu.tasks.load(task, T_CR3) >> PAGE_SHIFT
 
     def _alive(self, task: int) -> bool:
-        return TS_UNUSED < self._cpu.task_load(task, T_STATE) < TS_DONE
+        return TS_UNUSED < self._cpu.tasks.load(task, T_STATE) < TS_DONE
 
     def _owners(self) -> npt.NDArray[np.uint64]:
         return self._cpu.owners
 
     def _dying(self) -> bool:
         """Whether somebody was chosen whose memory is not back yet."""
-        chosen = {self._root(t) for t in self._tasks() if self._cpu.task_load(t, T_DIE)}
+        chosen = {self._root(t) for t in self._tasks() if self._cpu.tasks.load(t, T_DIE)}
         owners = self._owners()
         return any(int(owners[root]) in (root, OWNER_TAKEN) for root in chosen)
 
@@ -152,8 +152,8 @@ class OutOfMemory:
         cpu.acc.event(Kind.G_OOM_VICTIM, 0, first[root] + 1, number, pages[root])
         for task in self._tasks():
             if self._root(task) == root and self._alive(task):
-                cpu.task_store(task, T_KILL_PAGES, pages[root])
-                cpu.task_cmpxchg(task, T_DIE, 0, DIE_CHOSEN)
+                cpu.tasks.store(task, T_KILL_PAGES, pages[root])
+                cpu.tasks.cmpxchg(task, T_DIE, 0, DIE_CHOSEN)
         self.stop(cpu.queue.current)
         return first[root]
 
@@ -191,15 +191,15 @@ class OutOfMemory:
     def _wanted(self, root: int) -> bool:
         """Memory of tasks that ended by themselves goes only when the host asks."""
         cpu = self._cpu
-        chosen = any(cpu.task_load(t, T_DIE) for t in self._tasks() if self._root(t) == root)
+        chosen = any(cpu.tasks.load(t, T_DIE) for t in self._tasks() if self._root(t) == root)
         return chosen or cpu.kernel.load(K_OOM) != 0
 
     def _executes_no_more(self, task: int) -> bool:
         cpu = self._cpu
         if not self._alive(task):
             return True
-        die = cpu.task_load(task, T_DIE)
-        return die == DIE_STOPPED or (die == DIE_CHOSEN and cpu.task_load(task, T_STATE) != TS_RUNNING)
+        die = cpu.tasks.load(task, T_DIE)
+        return die == DIE_STOPPED or (die == DIE_CHOSEN and cpu.tasks.load(task, T_STATE) != TS_RUNNING)
 
     def _release(self, root: int) -> Path:
         """Back to the host first, then to this guest's allocator."""
@@ -238,7 +238,7 @@ class OutOfMemory:
         yield from self._exit(HC_OOM, number, pages, flags)
 
     def _exit(self, call: int, arg1: int, gpa: int, gva: int) -> Path:
-        yield from self._cpu.exit(ExitReason.HYPERCALL, arg0=call, arg1=arg1, fault=(gpa, gva, 0))
+        yield from self._cpu.exits.take(ExitReason.HYPERCALL, arg0=call, arg1=arg1, fault=(gpa, gva, 0))
 
 
 def masks(gfns: npt.NDArray[np.int64]) -> list[tuple[int, int]]:

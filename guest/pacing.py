@@ -3,7 +3,7 @@
 Unpaced, guest time is the wall time of the stay. Paced, an operation takes a fixed guest time (1e9 / rate ns) and the CPU's guest clock may
 never be ahead of the wall clock; when it is level the vCPU pauses until there is a useful amount to catch up.
 
-Not handled here: measuring (guest/shell.py), the guest clock itself (guest/machine.py).
+Not handled here: measuring (guest/turn.py, guest/shell.py), the guest clock itself (guest/clock.py).
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ A fresh process that is given them, and the same guest kernel segment and vCPU p
 `resume=`). Valid only at a save point: an exit with XF_RESTART. What an entry record brings (pending interrupts, exceptions) is the
 host's to save.
 
-Not handled here: who carries the words (guest/shell.py, the host), the host's half of a vCPU (host/state.py).
+Not handled here: who carries the words (guest/host_link.py, the host), the host's half of a vCPU (host/state.py).
 """
 
 from __future__ import annotations

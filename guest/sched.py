@@ -12,7 +12,7 @@ Rules (those of a fair scheduler as guests of the published benchmark had)
   applied whenever the queue is scanned: a task that waited all along is above it anyway.
 * ``min_vruntime`` never falls.
 
-Not handled here: which task may be preempted now (guest/machine.py), priorities. Tasks change their CPU only when theirs goes offline
+Not handled here: which task may be preempted now (guest/switching.py), priorities. Tasks change their CPU only when theirs goes offline
 (guest/hotplug.py); the floor then makes their virtual runtime one of the new queue.
 """
 

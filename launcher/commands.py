@@ -33,9 +33,9 @@ from proto.errors import UserError
 from proto.files import is_there
 from proto.topology import Task, Topology, list_topologies, load
 from report import compare as comparison
+from report import judgement, outage_plot, text
 from report import outage as outage_report
-from report import outage_plot, text
-from report import summary as summaries
+from report.pace import not_comparable
 
 OK, FAILED = 0, 1
 TOPOLOGIES: Final = APP_DIR / "topologies"
@@ -252,7 +252,7 @@ def _run_and_show(
         print(text.render(result.summary), end="")
     if result.run_dir is not None:
         progress.say(f"everything is in {result.run_dir}")
-    failed = summaries.failures(result.summary, must_check_reads=must_check_reads)
+    failed = judgement.failures(result.summary, must_check_reads=must_check_reads)
     if failed:
         _show_details(result)
     return _verdict(failed)
@@ -299,7 +299,7 @@ def _under_modes(
             out = base / f"{mode}-{repeat + 1}" if base is not None else None
             result = execute(topology, dataclasses.replace(options, out=out), signals, progress)
             compared.runs[mode].append(result.summary)
-            if found := summaries.failures(result.summary, must_check_reads=must_check_reads):
+            if found := judgement.failures(result.summary, must_check_reads=must_check_reads):
                 compared.failed += [f"{mode}: {reason}" for reason in found]
                 _show_details(result)
             else:
@@ -312,7 +312,7 @@ def _under_modes(
 
 
 def _first_reason(topology: Topology, runs: Sequence[Mapping[str, Any]]) -> str:
-    return next(filter(None, (summaries.not_comparable(topology, run) for run in runs)), "")
+    return next(filter(None, (not_comparable(topology, run) for run in runs)), "")
 
 
 def _show_details(result: RunResult) -> None:

@@ -7,7 +7,8 @@ Invariants: a `UserError` is raised before any role has started and leaves nothi
 however the run ended; when it returns or raises, no process of the run exists, and no file beside those of a run directory that the
 user named.
 
-Not handled here: what is decided while the run is under way (launcher/lifecycle.py), what the figures mean (report/summary.py).
+Not handled here: what is decided while the run is under way (launcher/lifecycle.py), what the figures mean
+(report/summary.py, report/judgement.py).
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ interpreter's lock. The thread has no lower priority than the supervisor: it wou
 Invariants: nothing is compiled here (the zygote has that done, launcher/zygote.py); the thread ends before the verdict is asked for;
 what goes wrong in it is raised where the verdict is asked for.
 
-Not handled here: what is checked (report/check/), what a violation means for the run (report/summary.py).
+Not handled here: what is checked (report/check/), what a violation means for the run (report/judgement.py).
 """
 
 from __future__ import annotations

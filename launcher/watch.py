@@ -36,7 +36,8 @@ from proto.layout import (
 from proto.segments import Segment
 from proto.stats import HostCounter, StatsBlock, host_block
 from proto.units import WORDS_PER_PAGE
-from report.summary import Snapshot, task_records
+from report.summary import Snapshot
+from report.tasks import task_records
 
 MODE_MASK: Final = 3
 KIB_PER_MIB: Final = 1024

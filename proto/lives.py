@@ -222,7 +222,7 @@ TASK: Final = Transitions(
     "A guest task",
     "The word is in memory that all CPUs of the guest share. Its own CPU changes it, except that a waker on any CPU makes a sleeper"
     " runnable; so falling asleep, staying awake and waking are compare-and-exchange.",
-    "guest/machine.py, guest/apf.py, guest/sched.py, guest/boot.py",
+    "guest/task_records.py, guest/execution.py, guest/switching.py, guest/phases.py, guest/apf.py, guest/sched.py, guest/boot.py",
     (
         State(TaskState.UNUSED, "a record without a task"),
         State(TaskState.RUNNABLE, "in its CPU's queue"),

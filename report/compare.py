@@ -5,7 +5,7 @@ Purpose: `table` gives medians and ratios to the first mode; `render` prints the
 Invariants: a ratio is null where the first mode's figure is missing or 0; figures are shown even where they must not be compared,
 with the reason beside them.
 
-Not handled here: running anything, and whether a single run may be compared (report/summary.py `not_comparable`).
+Not handled here: running anything, and whether a single run may be compared (report/pace.py `not_comparable`).
 """
 
 from __future__ import annotations

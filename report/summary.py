@@ -7,7 +7,8 @@ Invariants: `faults`, `latency_us`, `swap`, `vcpu_time` and `work` are about the
 (to the end of the run where it never stopped, everything where the barrier never opened); `integrity`, `totals`, `tasks` and
 `restarts` are about the whole run. A figure that does not exist is null, never 0.
 
-Not handled here: reading shared memory of a run under way (launcher/watch.py), the text for people (report/text.py).
+Not handled here: what the guest's tasks did (report/tasks.py), pace (report/pace.py), what the figures say about the run
+(report/judgement.py), reading shared memory of a run under way (launcher/watch.py), the text for people (report/text.py).
 """
 
 from __future__ import annotations
@@ -22,41 +23,16 @@ import numpy.typing as npt
 from proto import stats
 from proto.faults import FaultMachine
 from proto.layout import (
-    K_TASKS,
-    K_VCPUS,
-    KILL_MACHINE_CHECK,
-    KILL_OOM,
-    KILL_SEGV,
-    KILL_SWAP_FULL,
-    P_BM_WORK,
-    T_CPU,
-    T_CR3,
-    T_GROUP,
-    T_KILL_PAGES,
-    T_KILL_REASON,
-    T_PROGRAM,
-    T_STATE,
-    T_WORK,
-    TASK_WORDS,
-    TS_DONE,
-    TS_KILLED,
-    VC_BARRIER_VCLOCK_NS,
-    VC_BARRIER_WALL_NS,
     VC_BLOCKED_NS,
     VC_EMULATION_NS,
-    VC_END_VCLOCK_NS,
-    VC_END_WALL_NS,
     VC_HALTED_NS,
     VC_IDLE_NS,
     VC_INTEGRITY_ERRORS,
-    VC_PACE_LAG_MAX_NS,
     VC_PAUSED_NS,
     VC_READS_CHECKED,
     VC_RUNNING_NS,
     VC_STEAL_NS,
-    VC_WORK,
     VP_COUNTERS,
-    task_base,
 )
 from proto.stats import (
     BLOCK_WORDS,
@@ -71,21 +47,10 @@ from proto.stats import (
     VcpuHist,
 )
 from proto.topology import Topology
-from report import injected
+from report import injected, judgement, pace, tasks
 
 U64 = npt.NDArray[np.uint64]
 NS_PER_S: Final = 1_000_000_000
-FINISHED: Final = "finished"
-SAVED: Final = "saved"
-"""A run that ended with an image of its guests, as it was to."""
-PACE_KEPT_RATIO: Final = 0.98
-"""A paced vCPU that executed less of the wall time than this did not keep its pace."""
-KILL_NAMES: Final = {
-    KILL_SEGV: "segv",
-    KILL_OOM: "oom",
-    KILL_MACHINE_CHECK: "machine_check",
-    KILL_SWAP_FULL: "swap_full",
-}
 VCPU_TIMES: Final = {
     "running": VC_RUNNING_NS,
     "blocked": VC_BLOCKED_NS,
@@ -196,9 +161,8 @@ def build(
     barrier opened and when the measured time was over, where that happened.
     """
     measured = _Measured(topology, end, at_start, at_stop)
-    pace = pace_of(topology, end.vcpus)
-    tasks = count_tasks(kernels)
-    per_vcpu = work_per_vcpu(topology, end.vcpus, kernels)
+    ended = tasks.count_tasks(kernels)
+    per_vcpu = tasks.work_per_vcpu(topology, end.vcpus, kernels)
     host_end = stats.host_block(end.stats)
     summary: dict[str, Any] = {
         "name": topology.run.name,
@@ -223,11 +187,11 @@ def build(
             "errors": _total(end.vcpus, VC_INTEGRITY_ERRORS),
             "checksum_errors": host_end.get(HostCounter.CHECKSUM_ERRORS),
         },
-        "pace": pace,
+        "pace": pace.pace_of(topology, end.vcpus),
         "vcpu_time": {
             name: round(measured.vcpu_total(counter) / NS_PER_S, 6) for name, counter in VCPU_TIMES.items()
         },
-        "tasks": tasks,
+        "tasks": ended,
         "events": {name: host_end.get(counter) for name, counter in EVENTS.items()},
         "totals": {name: host_end.get(counter) for name, counter in TOTALS.items()},
         "replicas": (
@@ -247,48 +211,14 @@ def build(
         "check": dict(facts.check) if facts.check else None,
         "save_restore": dict(facts.save_restore) if facts.save_restore else None,
     }
-    summary["warnings"] = [*facts.warnings, *victims(topology, kernels), *_warnings(topology, summary)]
-    if lost := injected.lost_pages(tasks["kill_reasons"]["machine_check"], summary["injected"]):
+    summary["warnings"] = [
+        *facts.warnings,
+        *tasks.victims(topology, kernels),
+        *judgement.warnings(topology, summary),
+    ]
+    if lost := injected.lost_pages(ended["kill_reasons"]["machine_check"], summary["injected"]):
         summary["warnings"].append(lost)
     return summary
-
-
-def failures(summary: Mapping[str, Any], *, must_check_reads: bool = False) -> list[str]:
-    """Every check that the run did not hold, in words; none for a good run.
-
-    must_check_reads: a run in which no read was checked proves nothing (stress, chaos), and none in which events were lost.
-    """
-    found = [] if summary["ended"] in (FINISHED, SAVED) else [f"the run ended: {summary['ended']}"]
-    moved = summary["save_restore"]
-    if moved is not None and summary["ended"] == FINISHED and moved["done"] < moved["planned"]:
-        found.append(
-            f"{moved['planned']} restores were asked for, {moved['done']} took place: the run was over before"
-        )
-    integrity, tasks = summary["integrity"], summary["tasks"]
-    if integrity["errors"]:
-        found.append(f"{integrity['errors']} reads found a lost or stale word")
-    if must_check_reads and not integrity["reads_checked"]:
-        found.append("no read was checked, so nothing is known about lost pages")
-    reasons, killed = dict(tasks["kill_reasons"]), tasks["killed"]
-    if injected.explains_lost_pages(summary["injected"]):
-        # As promised: a page that is damaged on purpose costs the task that needs it, and nobody else.
-        killed -= reasons.pop("machine_check")
-    if killed:
-        why = ", ".join(f"{count} by {name}" for name, count in reasons.items() if count)
-        found.append(f"{killed} guest tasks were killed ({why})")
-    if summary["ended"] == FINISHED:
-        found += injected.failures(summary["injected"])
-    if summary["growth"] is not None:
-        found += summary["growth"]["failures"]
-    check = summary["check"]
-    if check is not None:
-        if must_check_reads and summary["ended"] == FINISHED and not check["liveness"]:
-            found.append(f"not all events could be checked: {'; '.join(check['notes'])}")
-        found += [
-            f"{name} is violated, {times} times: {'; '.join(check['examples'][name])}"
-            for name, times in check["violations"].items()
-        ]
-    return found
 
 
 class _Measured:
@@ -322,137 +252,6 @@ def _repaired(difference: StatsBlock, last: StatsBlock) -> StatsBlock:
         difference.view[base + H_MAX_NS] = last.view[base + H_MAX_NS]
     assert len(difference.view) == BLOCK_WORDS
     return difference
-
-
-def work_per_vcpu(topology: Topology, vcpus: U64, kernels: Sequence[U64]) -> list[int]:
-    """Work units of each vCPU: increments of the benchmark's work threads where there are any, else operations completed."""
-    if not any(task.workload == "bm" and task.work_threads for vm in topology.vm for task in vm.task):
-        return [int(n) for n in vcpus[:, VP_COUNTERS + VC_WORK]]
-    work = [0] * topology.total_vcpus
-    first = 0
-    for vm, kernel in zip(topology.vm, kernels, strict=True):
-        for task in task_records(kernel):
-            if int(task[T_PROGRAM]) == P_BM_WORK:
-                work[first + int(task[T_CPU])] += int(task[T_WORK])
-        first += vm.vcpus
-    return work
-
-
-def task_records(kernel: U64) -> U64:
-    """The task records of a guest kernel segment, one row each."""
-    tasks, vcpus = int(kernel[K_TASKS]), int(kernel[K_VCPUS])
-    base = task_base(tasks, vcpus)
-    return kernel[base : base + tasks * TASK_WORDS].reshape(tasks, TASK_WORDS)
-
-
-def count_tasks(kernels: Sequence[U64]) -> dict[str, Any]:
-    """Guest tasks of all VMs by how they ended."""
-    records = [task for kernel in kernels for task in task_records(kernel)]
-    states = [int(task[T_STATE]) for task in records]
-    reasons = [int(task[T_KILL_REASON]) for task in records if int(task[T_STATE]) == TS_KILLED]
-    return {
-        "done": states.count(TS_DONE),
-        "killed": states.count(TS_KILLED),
-        "unfinished": len(states) - states.count(TS_DONE) - states.count(TS_KILLED),
-        "kill_reasons": {name: reasons.count(reason) for reason, name in KILL_NAMES.items()},
-    }
-
-
-def victims(topology: Topology, kernels: Sequence[U64]) -> list[str]:
-    """One line for every address space whose tasks were killed for memory: who, and how much it had."""
-    found: dict[tuple[int, int], list[int]] = {}
-    said: dict[tuple[int, int], str] = {}
-    for v, (vm, kernel) in enumerate(zip(topology.vm, kernels, strict=True)):
-        for number, task in enumerate(task_records(kernel)):
-            if int(task[T_STATE]) != TS_KILLED or int(task[T_KILL_REASON]) != KILL_SWAP_FULL:
-                continue
-            space = v, int(task[T_CR3])
-            found.setdefault(space, []).append(number)
-            said[space] = f"({vm.task[int(task[T_GROUP])].workload}, {int(task[T_KILL_PAGES])} guest pages)"
-    return [
-        f"host memory and swap were full: VM {v} had to kill {'tasks' if len(numbers) > 1 else 'task'}"
-        f" {', '.join(map(str, numbers))} {said[v, root]} (raise swapd.size_mib or host.allowance_mib)"
-        for (v, root), numbers in found.items()
-    ]
-
-
-def pace_of(topology: Topology, vcpus: U64) -> dict[str, Any]:
-    """Whether paced vCPUs kept their pace: guest time executed between barrier and stop, as a share of the wall time between them.
-
-    ``kept`` and ``executed_ratio`` are null when no vCPU is paced or none saw both moments.
-    """
-    ratios: list[float] = []
-    lag_ns = 0
-    cpu = 0
-    for vm in topology.vm:
-        for _ in range(vm.vcpus if vm.rate_ops_per_s else 0):
-            words = [int(word) for word in vcpus[cpu, VP_COUNTERS : VP_COUNTERS + 64]]
-            cpu += 1
-            lag_ns = max(lag_ns, words[VC_PACE_LAG_MAX_NS])
-            wall_ns = words[VC_END_WALL_NS] - words[VC_BARRIER_WALL_NS]
-            if words[VC_BARRIER_WALL_NS] and wall_ns > 0:
-                ratios.append((words[VC_END_VCLOCK_NS] - words[VC_BARRIER_VCLOCK_NS]) / wall_ns)
-        cpu += 0 if vm.rate_ops_per_s else vm.vcpus
-    paced = any(vm.rate_ops_per_s for vm in topology.vm)
-    return {
-        "kept": min(ratios) >= PACE_KEPT_RATIO if ratios else None,
-        "lag_max_ms": round(lag_ns / 1e6, 3) if paced else None,
-        "executed_ratio": round(min(ratios), 4) if ratios else None,
-    }
-
-
-def not_comparable(topology: Topology, summary: Mapping[str, Any]) -> str:
-    """Why the figures of a run must not be compared with those of another mode; "" when they may."""
-    cores = min(summary["usable_cores"], summary["pcpus"])
-    unpaced = sum(vm.vcpus for vm in topology.vm if not vm.rate_ops_per_s)
-    if unpaced and topology.total_vcpus > cores:
-        return (
-            f"{unpaced} vCPUs are not paced and {topology.total_vcpus} share {cores} cores:"
-            " a vCPU that waits lends its core to the others (set vm.rate_ops_per_s)"
-        )
-    if summary["pace"]["kept"] is False:
-        ratio = summary["pace"]["executed_ratio"]
-        return (
-            f"the pace was not kept: a vCPU executed {100 * ratio:.1f} % of its time"
-            " (lower vm.rate_ops_per_s or the number of vCPUs)"
-        )
-    return ""
-
-
-def _warnings(topology: Topology, summary: Mapping[str, Any]) -> list[str]:
-    warnings = []
-    if reason := not_comparable(topology, summary):
-        warnings.append(f"not comparable with other modes: {reason}")
-    totals = summary["totals"]
-    if totals["bad_messages"]:
-        warnings.append(f"the host dropped {totals['bad_messages']} messages that break the contract")
-    if summary["integrity"]["checksum_errors"]:
-        warnings.append(f"{summary['integrity']['checksum_errors']} pages came back with a wrong checksum")
-    events = summary["events"]
-    if events["done"] < events["scheduled"]:
-        warnings.append(f"only {events['done']} of {events['scheduled']} scheduled events were done")
-    if events["reboots"]:
-        warnings.append(f"guests rebooted {events['reboots']} times, and their tasks began again")
-    if totals["io_errors"]:
-        warnings.append(f"{totals['io_errors']} reads or writes of swap daemons failed for good")
-    if totals["quarantined"]:
-        warnings.append(f"{totals['quarantined']} blocks of swap files proved bad and were not used any more")
-    warnings += _replica_warnings(summary)
-    warnings += [
-        f"swapd-{d} adds a modelled service time ({daemon.model}) to the real reads"
-        for d, daemon in enumerate(topology.swapd)
-        if daemon.model != "none"
-    ]
-    return warnings
-
-
-def _replica_warnings(summary: Mapping[str, Any]) -> list[str]:
-    gone, replicas = summary["totals"]["daemons_gone"], summary["replicas"]
-    single = replicas["single_copies"] if replicas else 0
-    copies = f"{single} pages on swap had one copy only at the end"
-    if gone:
-        return [f"{gone} swap daemons did not come back" + (f"; {copies}" if replicas else "")]
-    return [copies] if single else []
 
 
 def _seconds(facts: RunFacts, at_stop: Snapshot | None) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 import guest.sched
-from guest.machine import GuestCpu
+from guest.task_records import TaskRecords
 from host import kernels
 from host.memory import HostMemory
 from proto.layout import T_STATE, TASK_WORDS
@@ -35,7 +35,7 @@ def watched() -> Iterator[Seen]:
     seen: Seen = set()
     changes = [
         Patch(Transitions, "go", _go(seen)),
-        Patch(GuestCpu, "task_try", _task_try(seen)),
+        Patch(TaskRecords, "try_move", _try_move(seen)),
         Patch(HostMemory, "pick_victims", _pick_victims(seen)),
         Patch(kernels, "take_block", _take_block(seen)),
         Patch(guest.sched, "open_barrier", _open_barrier(seen)),
@@ -55,17 +55,17 @@ def _go(seen: Seen) -> Callable[..., Any]:
     return go
 
 
-def _task_try(seen: Seen) -> Callable[..., Any]:
-    original = GuestCpu.task_try
+def _try_move(seen: Seen) -> Callable[..., Any]:
+    original = TaskRecords.try_move
 
-    def task_try(self: GuestCpu, task: int, event: str) -> bool:
+    def try_move(self: TaskRecords, task: int, event: str) -> bool:
         moved = original(self, task, event)
         if moved:
             source, target = TASK.arrow(event)
             seen.add((TASK.name, source.name, event, target.name))
         return moved
 
-    return task_try
+    return try_move
 
 
 def _note(seen: Seen, table: Transitions[Any], before: Any, after: Any, event: str) -> None:

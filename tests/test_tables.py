@@ -178,7 +178,12 @@ CHANGES: Final = {
     "host/x86.py": ("life", "where", "halt"),
     "host/swap.py": ("state",),
     "host/vm.py": ("_state",),
+    "guest/task_records.py": ("T_STATE",),
+    "guest/execution.py": ("T_STATE",),
+    "guest/switching.py": ("T_STATE",),
+    "guest/phases.py": ("T_STATE",),
     "guest/machine.py": ("T_STATE",),
+    "guest/oom.py": ("T_STATE",),
     "guest/apf.py": ("T_STATE",),
     "guest/hotplug.py": ("T_STATE",),
     "guest/boot.py": ("T_STATE",),
@@ -216,8 +221,8 @@ def _holds_state(target: ast.expr, names: tuple[str, ...]) -> bool:
 
 
 def _stores(call: ast.Call, names: tuple[str, ...]) -> bool:
-    """A store of a task's state: by `GuestCpu.task_store`, or a compare-and-exchange that names its states itself."""
-    if not isinstance(call.func, ast.Attribute) or call.func.attr not in ("task_store", "task_cmpxchg"):
+    """A store of a task's state: by `TaskRecords.store`, or a compare-and-exchange that names its states itself."""
+    if not isinstance(call.func, ast.Attribute) or call.func.attr not in ("store", "cmpxchg"):
         return False
     words = [arg.id for arg in call.args if isinstance(arg, ast.Name)]
     by_table = words[-2:] == ["source", "target"]
@@ -234,15 +239,15 @@ def test_a_change_past_the_tables_is_noticed() -> None:
 def by_the_table(self, hvp):
     self.where = VCPU.go(self.where, "exit")
     self._state[hvp] = PAGE.go(self._state[hvp], "want")
-    self.task_cmpxchg(task, T_STATE, source, target)
+    self.tasks.cmpxchg(task, T_STATE, source, target)
 
 def past_it(self, hvp):
     self.where = Where.OUT
     self._state[hvp] = HPT_SLOT
     a, self.where = 1, Where.OFF
     record[T_STATE] = 1
-    self.task_store(task, T_STATE, 1)
-    self.task_cmpxchg(task, T_STATE, TS_RUNNING, TS_SLEEPING)
+    self.tasks.store(task, T_STATE, 1)
+    cpu.tasks.cmpxchg(task, T_STATE, TS_RUNNING, TS_SLEEPING)
 """
     found = list(state_changes(source, ("where", "_state", "T_STATE")))
     assert len(found) == 6

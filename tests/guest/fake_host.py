@@ -73,6 +73,12 @@ class FakeHost:
         self.said_hello = False
         self.silent = False
         self.bye_at: ExitReason = ExitReason.DONE
+        self.save_at = -1
+        """Number of the exit at which the vCPU is saved, and that is all."""
+        self.saved: wire.Registers | None = None
+        """What it handed over."""
+        self.registers: wire.Registers | None = None
+        """What a fresh vCPU gets in place of WELCOME."""
         self._held: Exit | None = None
         self._held_since_ns = 0
         self._held_for: int | None = None
@@ -134,9 +140,12 @@ class FakeHost:
         if isinstance(message, wire.Hello):
             self.said_hello = True
             if not self.silent:
-                self.send(wire.Welcome(0, 0))
+                self.send(self.registers or wire.Welcome(0, 0))
         elif isinstance(message, wire.NackMsg):
             self.nacks.append(message)
+        elif isinstance(message, wire.Registers):
+            self.saved = message
+            self.send(wire.Bye(0))
         else:
             assert isinstance(message, Exit)
             self._exit(message)
@@ -150,6 +159,9 @@ class FakeHost:
             self.tamper(self, record)
         if record.reason == self.bye_at:
             self.send(wire.Bye(0))
+            return
+        if record.seq == self.save_at:
+            self.send(wire.Save(0))
             return
         self._held, self._held_since_ns, self._held_for = record, time.monotonic_ns(), None
         if len(self._mapped) >= EVICT_AT:

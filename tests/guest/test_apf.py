@@ -270,7 +270,7 @@ def test_exception_without_its_word_is_an_ordinary_fault() -> None:
         else None
     )
     world.run()
-    assert world.cpu.strays == 1
+    assert world.cpu.apf.strays == 1
     assert world.seg.word(0, L.T_STATE) == L.TS_DONE
     assert world.counter(L.VC_NOT_PRESENT) == 0
 
@@ -282,7 +282,7 @@ def test_word_found_by_an_ordinary_fault_is_cleared() -> None:
         world.step()
     world.seg.memory[world.area] = 1
     world.run()
-    assert world.cpu.strays == 1
+    assert world.cpu.apf.strays == 1
     assert world.seg.memory[world.area] == 0
     assert world.seg.word(0, L.T_STATE) == L.TS_DONE
 

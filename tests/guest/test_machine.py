@@ -250,7 +250,7 @@ def test_a_halt_that_the_waiting_interrupt_ended_brings_the_clock_to_it() -> Non
         if not gates:
             world.irr.add(VECTOR_RESCHEDULE)
             gates.append(world.cpu.vclock_ns + 5 * MS)
-            world.cpu.irr, world.cpu.gate_ns = VECTOR_RESCHEDULE, gates[0]
+            world.cpu.interrupts.irr, world.cpu.interrupts.gate_ns = VECTOR_RESCHEDULE, gates[0]
         return L.RUN_NESTED, 10
 
     world = World(config("halt", tasks=1), [behave])

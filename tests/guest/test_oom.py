@@ -221,7 +221,7 @@ def test_a_notice_inside_of_kernel_code_changes_nothing_there() -> None:
     world.run(until_ns=100 * MS)
     assert world.answers == [(1, 10, OOM_KILLED)]
     assert world.state(0) == L.TS_KILLED
-    assert world.cpu.strays == 0
+    assert world.cpu.apf.strays == 0
 
 
 def test_a_notice_at_the_first_exit_of_a_boot() -> None:

@@ -83,11 +83,11 @@ def test_halting_task_halts_on_in_a_fresh_cpu(profile: str) -> None:
     world.step_first()
     while not (world.at_save_point() and world.request.record.reason == ExitReason.HLT):
         world.step()
-    assert world.cpu.halting
+    assert world.cpu.apf.halting
     assert world.seg.word(0, L.T_STATE) == L.TS_HALTING
     token = next(e[1] for e in reversed(world.log.events) if e[0] is Kind.G_WAIT)
     world.restart()
-    assert world.cpu.halting
+    assert world.cpu.apf.halting
     world.run()
     assert world.seg.word(0, L.T_STATE) == L.TS_DONE
     assert (Kind.G_RESUME, token, 1, 0, 0) in world.log.events

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from guest import shell
+from guest import assembly, host_link, shell
 from proto import layout as L  # noqa: N812 - a table of constants
 from proto import segments, wire
 from proto.atomics import py_store
@@ -159,7 +159,7 @@ def test_abort_flag_ends_a_running_vcpu() -> None:
 
 
 def test_abort_flag_ends_a_vcpu_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shell, "LOOK_MS", 20)
+    monkeypatch.setattr(host_link, "LOOK_MS", 20)
     with context("sync", (STAMP,)) as ctx, FakeHost(ctx) as host:
         host.silent = True
         py_store(host.control, L.CTL_ABORT, np.uint64(1))
@@ -168,8 +168,8 @@ def test_abort_flag_ends_a_vcpu_that_waits(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_silent_host_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shell, "LOOK_MS", 20)
-    monkeypatch.setattr(shell, "HELLO_LIMIT_NS", 50_000_000)
+    monkeypatch.setattr(host_link, "LOOK_MS", 20)
+    monkeypatch.setattr(host_link, "HELLO_LIMIT_NS", 50_000_000)
     with context("sync", (STAMP,)) as ctx, FakeHost(ctx) as host:
         host.silent = True
         with pytest.raises(TimeoutError, match="no WELCOME"):
@@ -215,7 +215,7 @@ def test_each_trace_of_the_vm_has_its_arrays() -> None:
             segments={**ctx.segments, **made},
             traces=[ReplayTrace(name, 2, 3) for name in "abc"],
         )
-        arrays = shell.vcpu_arrays(traced, 0)
+        arrays = assembly.vcpu_arrays(traced, 0)
         assert [(m.trace_vpns.tolist(), m.trace_accesses.tolist()) for m in arrays] == [
             ([1, 1], [11, 11, 11]),
             ([2, 2], [12, 12, 12]),

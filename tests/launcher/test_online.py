@@ -16,7 +16,7 @@ from launcher.progress import Progress
 from launcher.signals import Signals
 from proto.topology import Topology, load
 from proto.trace import Kind, TraceWriter, read_file
-from report import summary as summaries
+from report import judgement
 from report.check.api import check_run
 from report.check.online import OnlineCheck
 from tests import small_run
@@ -44,7 +44,7 @@ def test_a_run_with_a_broken_rule_fails_and_says_which(tmp_path: Path) -> None:
     assert result.run_dir is None, "checked before it was removed"
     check = result.summary["check"]
     assert list(check["violations"]) == ["I2"]
-    (failure,) = summaries.failures(result.summary)
+    (failure,) = judgement.failures(result.summary)
     assert failure.startswith("I2 is violated")
     assert "ASYNC_PF_NOT_PRESENT" in failure
 
@@ -54,7 +54,7 @@ def test_a_ring_is_recycled_and_the_whole_run_is_judged(tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = _run(_topology(tmp_path, 12_000), RunOptions(out=out, trace_bytes=RING_BYTES))
     check = result.summary["check"]
-    assert summaries.failures(result.summary) == []
+    assert judgement.failures(result.summary) == []
     assert (check["violations"], check["notes"], check["liveness"]) == ({}, [], True)
     assert check["online_events"] > 0
     assert 0 < check["behind_max"] < check["events"], "the check kept up"

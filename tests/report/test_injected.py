@@ -9,8 +9,7 @@ import pytest
 from proto.faults import FaultMachine, words_needed
 from proto.topology import Topology
 from proto.topology_faults import schedule
-from report import injected
-from report import summary as summaries
+from report import injected, judgement
 from tests.report.test_summary import full_summary
 
 
@@ -46,7 +45,7 @@ def test_what_happened_is_in_the_table() -> None:
         "fault 0, kill swapd every 1000 ms: 3 of 4, 1 passed over",
         "fault 1, bit_flip swapd every 3rd read, 2 times: 2 of 2",
     ]
-    assert summaries.failures(summary(found)) == []
+    assert judgement.failures(summary(found)) == []
 
 
 @pytest.mark.parametrize(
@@ -60,19 +59,19 @@ def test_what_happened_is_in_the_table() -> None:
 )
 def test_what_did_not_happen_fails_a_run_that_finished(fault: dict[str, Any], fired: int) -> None:
     found = rows(fault, fired=(fired,))
-    (failure,) = summaries.failures(summary(found))
+    (failure,) = judgement.failures(summary(found))
     assert failure.startswith(f"fault 0, {fault['do']} swapd ")
     assert "NOT AS SCHEDULED" in next(injected.lines(found))
     interrupted = {**summary(found), "ended": "interrupted"}
-    assert summaries.failures(interrupted) == ["the run ended: interrupted"]
+    assert judgement.failures(interrupted) == ["the run ended: interrupted"]
 
 
 def test_a_page_that_was_lost_on_purpose_costs_its_task_and_not_the_run() -> None:
     found = rows({"do": "bad_block", "nth": 3}, fired=(1,))
-    assert summaries.failures(summary(found, machine_checks=1)) == []
+    assert judgement.failures(summary(found, machine_checks=1)) == []
     assert "cost 1 guest tasks: fault 0, bad_block swapd 3rd read" in injected.lost_pages(1, found)
     assert injected.lost_pages(0, found) == ""
-    assert summaries.failures(summary(found, machine_checks=1, oom=2)) == [
+    assert judgement.failures(summary(found, machine_checks=1, oom=2)) == [
         "2 guest tasks were killed (2 by oom)"
     ]
 
@@ -87,7 +86,7 @@ def test_a_page_that_was_lost_on_purpose_costs_its_task_and_not_the_run() -> Non
 )
 def test_a_page_that_nothing_explains_fails_the_run(fault: dict[str, Any], fired: int) -> None:
     found = rows(fault, fired=(fired,))
-    assert summaries.failures(summary(found, machine_checks=1)) == [
+    assert judgement.failures(summary(found, machine_checks=1)) == [
         "1 guest tasks were killed (1 by machine_check)"
     ]
     assert injected.lost_pages(1, found) == ""

@@ -44,10 +44,11 @@ from proto.stats import HostCounter, HostHist, VcpuHist
 from proto.topology import Fault, Topology
 from proto.topology_faults import schedule
 from proto.units import WORDS_PER_PAGE
-from report import growth, text
-from report import summary as summaries
+from report import growth, judgement, text
 from report.check.checker import Checker
+from report.pace import pace_of
 from report.summary import U64, RunFacts, Snapshot, build
+from report.tasks import count_tasks, work_per_vcpu
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "summary.md"
 S = 1_000_000_000
@@ -244,7 +245,7 @@ def test_work_of_a_second_guest_belongs_to_its_own_vcpus() -> None:
     plain["vm"] = [plain["vm"][0], {**plain["vm"][0], "name": "b"}]
     topology = Topology.from_dict(plain)
     kernels = [_kernel([{T_PROGRAM: P_BM_WORK, T_CPU: cpu, T_WORK: 10 + cpu}]) for cpu in (0, 1)]
-    assert summaries.work_per_vcpu(topology, _snapshot(topology).vcpus, kernels) == [10, 0, 0, 11]
+    assert work_per_vcpu(topology, _snapshot(topology).vcpus, kernels) == [10, 0, 0, 11]
 
 
 @pytest.mark.parametrize(("slowest", "kept"), [(1.0, True), (0.981, True), (0.979, False), (0.4, False)])
@@ -254,16 +255,16 @@ def test_pace_is_kept_when_every_vcpu_executed_its_time(slowest: float, kept: bo
     _paced(end, 0, 1.0)
     _paced(end, 1, slowest)
     end.vcpus[1, VP_COUNTERS + VC_PACE_LAG_MAX_NS] = 12_345_000
-    pace = summaries.pace_of(topology, end.vcpus)
+    pace = pace_of(topology, end.vcpus)
     assert pace == {"kept": kept, "lag_max_ms": 12.345, "executed_ratio": slowest}
 
 
 def test_pace_of_vcpus_that_saw_no_end_or_have_none_is_unknown() -> None:
     end = _snapshot(_topology())
     end.vcpus[:, VP_COUNTERS + VC_BARRIER_WALL_NS] = S
-    assert summaries.pace_of(_topology(), end.vcpus)["kept"] is None
+    assert pace_of(_topology(), end.vcpus)["kept"] is None
     _paced(end, 0, 0.1)
-    assert summaries.pace_of(_topology(rate=0), end.vcpus) == {
+    assert pace_of(_topology(rate=0), end.vcpus) == {
         "kept": None,
         "lag_max_ms": None,
         "executed_ratio": None,
@@ -341,32 +342,32 @@ def _bad(**changes: Any) -> dict[str, Any]:
     ],
 )
 def test_failures_are_found(summary: dict[str, Any], said: str) -> None:
-    (failure,) = summaries.failures(summary)
+    (failure,) = judgement.failures(summary)
     assert said in failure
 
 
 def test_a_run_without_a_check_has_none_to_fail() -> None:
     summary = full_summary() | {"check": None}
-    assert summaries.failures(summary) == []
+    assert judgement.failures(summary) == []
     assert "invariants held" not in text.render(summary)
 
 
 def test_a_good_run_has_no_failures_unless_nothing_was_checked() -> None:
     summary = full_summary()
-    assert summaries.failures(summary) == []
-    (failure,) = summaries.failures(summary, must_check_reads=True)
+    assert judgement.failures(summary) == []
+    (failure,) = judgement.failures(summary, must_check_reads=True)
     assert "no read was checked" in failure
     summary["integrity"]["reads_checked"] = 1
-    assert summaries.failures(summary, must_check_reads=True) == []
+    assert judgement.failures(summary, must_check_reads=True) == []
 
 
 def test_a_stress_whose_events_were_not_all_checked_proves_nothing() -> None:
     summary = _bad(check__liveness=False, check__notes=["host.bin: full"], integrity__reads_checked=1)
-    assert summaries.failures(summary) == []
-    (failure,) = summaries.failures(summary, must_check_reads=True)
+    assert judgement.failures(summary) == []
+    (failure,) = judgement.failures(summary, must_check_reads=True)
     assert failure == "not all events could be checked: host.bin: full"
     summary["ended"] = "saved"
-    assert summaries.failures(summary, must_check_reads=True) == [], "its events go on elsewhere"
+    assert judgement.failures(summary, must_check_reads=True) == [], "its events go on elsewhere"
 
 
 def test_tasks_are_counted_by_their_end() -> None:
@@ -374,7 +375,7 @@ def test_tasks_are_counted_by_their_end() -> None:
     kernel = _kernel(
         [{T_STATE: state, T_KILL_REASON: KILL_OOM if state == TS_KILLED else 0} for state in states]
     )
-    assert summaries.count_tasks([kernel]) == {
+    assert count_tasks([kernel]) == {
         "done": 2,
         "killed": 1,
         "unfinished": 1,

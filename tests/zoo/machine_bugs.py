@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from guest.apf import AsyncPf
+from guest.exits import CpuReset
 from guest.hotplug import Hotplug
-from guest.machine import CpuReset
 from host.events import Translate
 from host.slots import Memslot
 from host.x86 import X86, AreaCache
@@ -174,10 +174,10 @@ def wakes_before_disabling(self: Hotplug) -> Path:
     moved = self._move_tasks()
     cpu.kernel.store(L.K_HOTPLUG, 0)
     for other in moved:
-        yield from cpu.send_ipi(other, kvm.VECTOR_RESCHEDULE)
+        yield from cpu.interrupts.send(other, kvm.VECTOR_RESCHEDULE)
     self._set(L.K_DEAD, on=True)
     while cpu.kernel.load(L.K_POWER) != L.POWER_OFF:
-        yield from cpu.exit(ExitReason.HLT)
+        yield from cpu.exits.take(ExitReason.HLT)
 
 
 def starts_the_next_kernel_without_the_hook(self: Hotplug) -> Path:
@@ -190,8 +190,8 @@ def starts_the_next_kernel_without_the_hook(self: Hotplug) -> Path:
 def returns_on_a_signal(self: AsyncPf, task: int, token: int) -> Path:
     cpu = self._cpu
     if (yield from cpu.sleepers.wait(token, task, halted=False)):
-        cpu.task_store(task, L.T_STATE, L.TS_RUNNABLE)
-        cpu.leave_task()
+        cpu.tasks.store(task, L.T_STATE, L.TS_RUNNABLE)
+        cpu.switching.leave()
 
 
 BUGS: Final = (
