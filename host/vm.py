@@ -179,17 +179,19 @@ class VmMachine(Machine):
 
     def settle(self) -> None:
         """After a batch: acknowledgements, freed frames for those who wait, reclaim below the low mark."""
+        waiters, reclaim = self.waiters, self.reclaim
         if self.change.pending:
             self.change.advance()
-        if self.reclaim.in_grace:
-            self.reclaim.advance_grace()
+        if reclaim.in_grace:
+            reclaim.advance_grace()
         if self.giveback.pending:
             self.giveback.advance()
-        if self.waiters.starving:
-            self.waiters.feed()
-        if self.reclaim.under_way or self.frames.free_count < self.limits.low or self.waiters.starving:
-            self.reclaim.look()
-        if self.page_out.swap_full and self.waiters.starving:
+        if waiters.guests or waiters.urgent:
+            waiters.feed()
+        starving = waiters.guests or waiters.urgent
+        if reclaim.under_way or starving or self.frames.free_count < self.limits.low:
+            reclaim.look()
+        if starving and self.page_out.swap_full:
             self.shortage.look()
 
     @property

@@ -24,26 +24,26 @@ if TYPE_CHECKING:
 class Waiters:
     """Requests by page, and pages by urgency."""
 
-    __slots__ = ("_frame", "_guests", "_m", "_pages", "_state", "_urgent")
+    __slots__ = ("_frame", "_m", "_pages", "_state", "guests", "urgent")
 
     def __init__(self, machine: VmMachine) -> None:
         self._m = machine
         self._state = machine.state.data
         self._frame = machine.frame_of.data
         self._pages: dict[int, list[Any]] = {}
-        self._guests: deque[int] = deque()
+        self.guests: deque[int] = deque()
         """Pages that guests need a frame for."""
-        self._urgent: deque[int] = deque()
+        self.urgent: deque[int] = deque()
         """Pages that the host itself needs a frame for, when even the reserve was used up."""
 
     @property
     def starving(self) -> int:
         """How many pages wait for a frame."""
-        return len(self._guests) + len(self._urgent)
+        return len(self.guests) + len(self.urgent)
 
     def starved(self, *, urgent: bool) -> list[Any]:
         """Who waits for those pages, of the guests or of the host itself. Nobody, where who waited was reset meanwhile."""
-        queue = self._urgent if urgent else self._guests
+        queue = self.urgent if urgent else self.guests
         return [event for hvp in queue for event in self._pages.get(hvp, ())]
 
     def wait(self, hvp: int, event: Any, *, urgent: bool = False) -> None:
@@ -61,7 +61,7 @@ class Waiters:
     def queue(self, hvp: int, *, urgent: bool) -> None:
         """No frame is free for this page."""
         self._m.obs.count(HostCounter.FRAME_WAITS)
-        (self._urgent if urgent else self._guests).append(hvp)
+        (self.urgent if urgent else self.guests).append(hvp)
 
     def serve(self, hvp: int) -> None:
         """Answer everybody who waits for a page that can be mapped now."""
@@ -77,7 +77,7 @@ class Waiters:
     def feed(self) -> None:
         """Frames came back."""
         m = self._m
-        for queue, urgent in ((self._urgent, True), (self._guests, False)):
+        for queue, urgent in ((self.urgent, True), (self.guests, False)):
             while queue and not m.frames.short(urgent=urgent):
                 hvp = queue.popleft()
                 if self._state[hvp] != HPT_READING:
@@ -104,7 +104,7 @@ class Waiters:
         if not waiters:
             del self._pages[hvp]
             if self._state[hvp] != HPT_READING:
-                for queue in (self._guests, self._urgent):
+                for queue in (self.guests, self.urgent):
                     while hvp in queue:
                         queue.remove(hvp)
 

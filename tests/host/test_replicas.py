@@ -445,7 +445,7 @@ def test_a_hedge_wins_in_its_own_frame() -> None:
 def test_a_hedge_takes_no_frame_that_somebody_waits_for() -> None:
     bench = on_two(hedge_ns=HEDGE_NS)
     bench.touch(GFN)
-    bench.vm.waiters._guests.append(3)
+    bench.vm.waiters.guests.append(3)
     bench.feed(bench.swap, ev.LookAtRequests())
     free = bench.vm.frames.free_count
     bench.vm.page_in.lend(ev.LendFrame(GFN))
