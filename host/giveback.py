@@ -64,7 +64,7 @@ class GiveBack:
             self._parting[event.vm].extend((generation, frame) for frame in frames)
         m.obs.count(HostCounter.PAGES_RELEASED, held)
         for hvp in waited:
-            m.serve(hvp)
+            m.waiters.serve(hvp)
         m.emit(Answer(event.cpu, event.ask, held, waited=False))
 
     def _flush(self, vm: int, pages: int) -> int:
@@ -84,13 +84,13 @@ class GiveBack:
             return False
         if state == HPT_READING and frame >= 0:
             self._landing[hvp, slot] = frame
-            m.lend(frame)
+            m.frames.lend(frame)
             m.emit(CancelRead(hvp, slot))
             # A block that the read names comes back with its frame, and helps then.
             m.emit(SlotFree(slot))
         else:
-            if not m.cancel_write_of(hvp) and slot >= 0:
-                m.free_slot(slot)
+            if not m.page_out.given_up(hvp) and slot >= 0:
+                m.page_out.free_slot(slot)
             if frame >= 0:
                 frames.append(frame)
         m.forget_page(hvp)
@@ -103,7 +103,7 @@ class GiveBack:
         """
         if (event.hvp, event.slot) not in self._landing:
             return False
-        self._m.frame_back(FrameBack(event.frame))
+        self._m.page_in.frame_back(FrameBack(event.frame))
         return True
 
     def cancelled(self, event: ReadCancelled) -> None:
@@ -119,7 +119,7 @@ class GiveBack:
             newest = max(parting[-1][0] if parting else 0, held[-1][0] if held else 0)
             oldest = m.memory.oldest_generation(vm, newest)
             while parting and parting[0][0] <= oldest:
-                m.give_frame(parting.popleft()[1])
+                m.frames.give(parting.popleft()[1])
             while held and held[0][0] <= oldest:
                 _, event = held.popleft()
                 m.emit(Answer(event.cpu, event.ask, 0, waited=False))

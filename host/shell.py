@@ -209,7 +209,7 @@ class HostShell:
             self.clock.turn(now)
         if now >= self.next_gauge_ns:
             self.next_gauge_ns = now + GAUGES_EVERY_NS
-            self.obs.gauge(HostCounter.FRAMES_FREE, self.vm.free_count)
+            self.obs.gauge(HostCounter.FRAMES_FREE, self.vm.frames.free_count)
             self.obs.gauge(HostCounter.SLOTS_USED, self.swap.slots_used)
             self.obs.gauge(HostCounter.OUTSTANDING, self.swap.outstanding)
             self.writer.tick()

@@ -1,9 +1,9 @@
 """When memory is short for good, and which guest has to give some back. Part of the vm machine.
 
-Swap is full. Pages that found no slot are stuck in their frames (host/vm.py); all other frames can still change their page, for one that
-has a slot. Memory is short when somebody waits for a frame and fewer of these are left than the vCPUs need to execute an instruction
-each: from there on pages would chase each other and nobody would get anywhere. Writes under way that are going to free a slot count as
-if they had.
+Swap is full. Pages that found no slot are stuck in their frames (host/page_out.py); all other frames can still change their page, for one
+that has a slot. Memory is short when somebody waits for a frame and fewer of these are left than the vCPUs need to execute an instruction
+each: from there on pages would chase each other and nobody would get anywhere. Writes under way that are going to free a slot count as if
+they had.
 
 Then one guest is told (`MemoryShort`, an exception at an entry): the one with the largest footprint, frames and slots together, of those
 that have something to give; the lower number wins a tie. A guest that answers with nothing is not asked again until memory was found
@@ -59,10 +59,10 @@ class Shortage:
         m = self._m
         if self.open or self._over or m.giveback.pending:
             return
-        movable = m.memory.frame_count - m.stuck + m.slots_coming
-        if movable - m.limits.reserve < m.limits.least and m.starved(urgent=False):
+        movable = m.memory.frame_count - m.page_out.stuck + m.page_out.slots_coming
+        if movable - m.limits.reserve < m.limits.least and m.waiters.starved(urgent=False):
             self._ask(movable)
-        elif movable <= 0 and (waiting := m.starved(urgent=True)):
+        elif movable <= 0 and (waiting := m.waiters.starved(urgent=True)):
             # Images are read and written while no guest runs that could be asked.
             self._ask(movable, nobody=all(type(event) in (LoadPage, SavePage) for event in waiting))
 
@@ -75,7 +75,7 @@ class Shortage:
         if vm < 0:
             if movable <= 0 or not self._deaf:
                 self._over = True
-                m.emit(OutOfMemory(m.starving))
+                m.emit(OutOfMemory(m.waiters.starving))
             # Else the vCPUs stand still, for a save: that needs no more than one frame.
             return
         self._number += 1

@@ -147,4 +147,4 @@ class SlotChange:
         for hvp in range(to, to + pages):
             frame = int(m.frame_of[hvp])
             if frame >= 0:
-                m.owner[frame] = hvp
+                m.frames.owner[frame] = hvp

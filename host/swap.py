@@ -14,7 +14,7 @@ Invariants
   or fenced.
 * At most WINDOW requests per daemon are out; the rest waits here in order, so a daemon that stops reading costs no memory elsewhere.
 
-Deliberately not here: restarting daemons (launcher), checking the bytes (host/vm.py compares the sum).
+Deliberately not here: restarting daemons (launcher), checking the bytes (host/page_in.py compares the sum).
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def warm_host() -> None:
     for gfn in range(60):
         machine.on([ev.GetPage(0, gfn, 0, gfn, True, ev.Gup.WAIT)], 0)
         machine.on([ev.LookAtGrace()], 0)
-    kernels.pick_unmapped(machine.state, machine.flags, 0, 4, 0, 0, machine._victims)
+    kernels.pick_unmapped(machine.state, machine.flags, 0, 4, 0, 0, np.zeros(4, np.int64))
     memory.unmap(0, 1)
     memory.is_zero(0)
     for call in (atomics.py_store, atomics.py_add):

@@ -159,7 +159,7 @@ class ScenarioHost(HostShell):
         if self.memory.unmap(0, gfn) & NPT_D:
             self.vm.mark_dirty(hvp)
         self.vm.state[hvp] = HPT_EVICT
-        self.vm._begin_grace(0, [hvp])
+        self.vm.reclaim.begin_grace(0, [hvp])
 
     def _hello(self, peer: Peer, identity: bytes, message: wire.Hello, extra: Sequence[bytes]) -> None:
         if peer[0] == "V" and not self._limit_ns:

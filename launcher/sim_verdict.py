@@ -179,13 +179,13 @@ def _left_over(emulator: Emulator) -> list[str]:
         found.append(f"{short} tasks were killed for memory, and swap has room for all")
     vm = emulator.host.vm
     owned = vm.frame_of[np.isin(vm.state, _HAS_FRAME)]
-    frames = np.concatenate([owned[owned >= 0], vm.free[: vm.free_count]])
+    frames = np.concatenate([owned[owned >= 0], vm.frames.free[: vm.frames.free_count]])
     if len(frames) != emulator.plan.frames or len(np.unique(frames)) != emulator.plan.frames:
         found.append(
             f"{len(np.unique(frames))} of {emulator.plan.frames} frames are accounted for, {len(frames)} times"
         )
-    if vm.lent:
-        found.append(f"frames {sorted(vm.lent)} are lent for reads that are over")
+    if vm.frames.lent:
+        found.append(f"frames {sorted(vm.frames.lent)} are lent for reads that are over")
     copies = emulator.host.swap.copies
     named = sorted(copy for slot in vm.slot_of[vm.slot_of >= 0].tolist() for copy in copies.copies(slot))
     blocks = sorted(copies.blocks_used())

@@ -162,7 +162,7 @@ PAGE: Final = Transitions(
     "The host page table; nested tables only cache it. A page leaves memory in this order: the nested entry is cleared, every vCPU"
     " acknowledges the flush or is outside guest mode, the contents are summed, the write is acknowledged; only then is the frame free."
     " Until then a fault takes the page back.",
-    "host/vm.py, host/kernels.py",
+    "host/vm.py, host/page_in.py, host/reclaim.py, host/page_out.py, host/kernels.py",
     (
         State(PageState.NONE, "never touched, or its zero-filled page was dropped untouched"),
         State(PageState.ZERO, "known to be all zeros; no slot, no frame"),

@@ -227,7 +227,7 @@ class World:
         if self.memory.unmap(0, gfn) & NPT_D:
             self.vm.mark_dirty(hvp)
         self.vm.state[hvp] = HPT_EVICT
-        self.vm._begin_grace(0, [hvp])
+        self.vm.reclaim.begin_grace(0, [hvp])
         self._flush_all()
 
     def _flush_all(self) -> None:
@@ -417,7 +417,7 @@ class World:
             self._disk[effect.slot] = bytes(self.memory.page(effect.frame))
             self._reply(effect, 0)
             return
-        gfn = self.layouts.gfn_of(int(self.vm.owner[effect.frame]))
+        gfn = self.layouts.gfn_of(int(self.vm.frames.owner[effect.frame]))
         self.record.add("pages", "request", 0, {"gfn": gfn})
         service_ns = self.config.service_ns(gfn)
         self.agenda.after(

@@ -286,6 +286,6 @@ class Bench:
         if entry & 0x200:
             self.vm.flags[hvp] |= 1
         self.vm.state[hvp] = 5
-        self.vm._begin_grace(0, [hvp])
+        self.vm.reclaim.begin_grace(0, [hvp])
         self.settle()
         assert self.vm.state[hvp] in (1, 3), f"page is in state {self.vm.state[hvp]}"

@@ -134,12 +134,12 @@ def test_a_mask_names_what_it_says_and_no_more() -> None:
 
 def test_pages_beyond_the_memory_and_pages_never_touched_are_nothing() -> None:
     bench = bench_of()
-    before = bench.vm.free_count
+    before = bench.vm.frames.free_count
     release(bench, 255, (1 << 64) - 1)
     release(bench, 1 << 40, 1)
     release(bench, 100, 1)
     assert bench.obs.counts[HostCounter.PAGES_RELEASED] == 0
-    assert bench.vm.free_count == before
+    assert bench.vm.frames.free_count == before
     assert 0 in bench.entries
 
 
@@ -149,14 +149,14 @@ def test_frame_is_kept_and_whoever_asked_is_held_until_every_vcpu_has_flushed() 
     frame = int(bench.vm.frame_of[GFN])
     bench.vcpu_pages[WORDS + VP_STATE] = int(bench.vmc[0]) << 2 | MODE_IN_GUEST
     release(bench)
-    assert frame not in bench.vm.free[: bench.vm.free_count].tolist()
+    assert frame not in bench.vm.frames.free[: bench.vm.frames.free_count].tolist()
     assert 0 in bench.entries, "the pages are gone for the guest"
     release(bench, mask=0)
     assert 0 not in bench.entries
     assert bench.vm.grace_pending
     flush_acknowledged(bench)
     assert 0 in bench.entries
-    assert frame in bench.vm.free[: bench.vm.free_count].tolist()
+    assert frame in bench.vm.frames.free[: bench.vm.frames.free_count].tolist()
     assert not bench.vm.grace_pending
 
 
@@ -168,10 +168,10 @@ def test_read_under_way_keeps_frame_and_slot_until_it_is_answered() -> None:
     assert bench.entries[1].inject == Inject.NONE, "who waited got a page of zeros"
     assert int(bench.vm.frame_of[GFN]) != read.frame
     flush_acknowledged(bench)
-    assert read.frame not in bench.vm.free[: bench.vm.free_count].tolist()
+    assert read.frame not in bench.vm.frames.free[: bench.vm.frames.free_count].tolist()
     assert bench.swap.slots_used == 1
     bench.complete(read)
-    assert read.frame in bench.vm.free[: bench.vm.free_count].tolist()
+    assert read.frame in bench.vm.frames.free[: bench.vm.frames.free_count].tolist()
     assert bench.swap.slots_used == 0
     frames_are_accounted_for(bench)
 
@@ -183,13 +183,13 @@ def test_write_under_way_keeps_frame_and_slot_until_it_is_answered(ok: bool) -> 
     write = bench.io.pop()
     release(bench)
     flush_acknowledged(bench)
-    assert write.frame not in bench.vm.free[: bench.vm.free_count].tolist()
+    assert write.frame not in bench.vm.frames.free[: bench.vm.frames.free_count].tolist()
     assert bench.swap.slots_used == 1
     bench.complete(write, ok=ok)
     bench.settle() if ok else bench.serve(ok=False)
     for _ in range(3):
         bench.serve(ok=ok)
-    assert write.frame in bench.vm.free[: bench.vm.free_count].tolist()
+    assert write.frame in bench.vm.frames.free[: bench.vm.frames.free_count].tolist()
     assert bench.swap.slots_used == 0
     assert bench.vm.state[GFN] == HPT_NONE
 
@@ -228,9 +228,9 @@ def test_a_slot_that_comes_back_lets_one_stuck_page_go() -> None:
         bench.fill(gfn, gfn)
         begin_eviction(bench, gfn)
     bench.settle()
-    assert (bench.vm.stuck, bench.vm.swap_full) == (2, True)
+    assert (bench.vm.page_out.stuck, bench.vm.page_out.swap_full) == (2, True)
     release(bench)
-    assert (bench.vm.stuck, bench.vm.swap_full) == (1, True)
+    assert (bench.vm.page_out.stuck, bench.vm.page_out.swap_full) == (1, True)
     begin_eviction(bench, 50 if not bench.vm.flags[50] & 16 else 51)
     bench.settle()
     assert bench.swap.slots_used == 1

@@ -402,8 +402,8 @@ def accounted(bench: Bench) -> None:
     """Every frame is in exactly one place."""
     vm = bench.vm
     owned = vm.frame_of[vm.frame_of >= 0].tolist()
-    free = vm.free[: vm.free_count].tolist()
-    assert sorted([*owned, *free, *vm.lent]) == list(range(len(vm.owner)))
+    free = vm.frames.free[: vm.frames.free_count].tolist()
+    assert sorted([*owned, *free, *vm.frames.lent]) == list(range(len(vm.frames.owner)))
 
 
 def on_two(**options: Any) -> Bench:
@@ -433,24 +433,24 @@ def test_a_hedge_wins_in_its_own_frame() -> None:
     accounted(bench)
     bench.complete(bench.io.pop())
     assert word(bench) == WORD
-    assert bench.vm.lent == {first.frame}
+    assert bench.vm.frames.lent == {first.frame}
     accounted(bench)
     bench.memory.write_page(first.frame, b"\xee" * 4096)
     assert word(bench) == WORD, "what the loser writes harms nobody"
     bench.complete(bench.io.pop())
-    assert bench.vm.lent == set()
+    assert bench.vm.frames.lent == set()
     accounted(bench)
 
 
 def test_a_hedge_takes_no_frame_that_somebody_waits_for() -> None:
     bench = on_two(hedge_ns=HEDGE_NS)
     bench.touch(GFN)
-    bench.vm._frame_waiters.append(3)
+    bench.vm.waiters.guests.append(3)
     bench.feed(bench.swap, ev.LookAtRequests())
-    free = bench.vm.free_count
-    bench.vm._lend_frame(ev.LendFrame(GFN))
-    assert bench.vm.free_count == free
-    assert bench.vm.lent == set()
+    free = bench.vm.frames.free_count
+    bench.vm.page_in.lend(ev.LendFrame(GFN))
+    assert bench.vm.frames.free_count == free
+    assert bench.vm.frames.lent == set()
 
 
 def test_a_damaged_copy_is_made_good_from_the_other() -> None:

@@ -62,8 +62,8 @@ def test_a_held_vcpu_goes_back_to_its_guest_with_the_notice() -> None:
     entry = bench.entries[0]
     assert (entry.inject, entry.cr2) == (Inject.OUT_OF_MEMORY, 1)
     assert bench.notices == [ev.MemoryShort(0, 1)]
-    assert bench.vm.swap_full
-    assert bench.vm.stuck >= 24 - 4, "as many frames as could be used were used"
+    assert bench.vm.page_out.swap_full
+    assert bench.vm.page_out.stuck >= 24 - 4, "as many frames as could be used were used"
     assert bench.obs.counts[HostCounter.OOM_NOTICES] == 1
     frames_are_accounted_for(bench)
 
@@ -177,8 +177,8 @@ def test_a_write_that_will_free_enough_is_waited_for() -> None:
     vm.flags[vm.flags & F_STUCK != 0] &= 255 - F_STUCK
     stuck = [hvp for hvp in range(FIRST, FIRST + GFNS) if vm.state[hvp] == 2]
     vm.flags[stuck] |= F_STUCK
-    vm.swap_full = True
-    vm._pinned = dict.fromkeys(range(1000, 1000 + len(stuck)), -1)
+    vm.page_out.swap_full = True
+    vm.frames.pinned = dict.fromkeys(range(1000, 1000 + len(stuck)), -1)
     bench.touch(FIRST + 60)
     bench.settle()
     assert len(bench.notices) == told
@@ -190,7 +190,7 @@ def test_the_hosts_own_accesses_have_a_reserve() -> None:
     bench.fill(1, 0)
     bench.swap_out(1)
     gfn = fill_up(bench)
-    assert bench.vm.free_count >= 1
+    assert bench.vm.frames.free_count >= 1
     assert gfn
     bench.exit(
         0, ExitReason.WRMSR, cpl=0, if_=0, arg0=bench.profile.msr_en, arg1=0x1000 | bench.profile.enabled_bits
@@ -241,7 +241,7 @@ def two_vms(pages: tuple[int, int]) -> tuple[VmMachine, Recorder]:
         for gfn in range(count):
             machine.on([ev.GetPage(vm, gfn, vm, gfn, True, ev.Gup.WAIT)], 1)
             machine.flags[64 * vm + gfn] = F_DIRTY | F_STUCK
-    machine.swap_full = True
+    machine.page_out.swap_full = True
     return machine, observer
 
 
@@ -265,6 +265,6 @@ def test_a_request_taken_back_is_answered_and_leaves_nothing() -> None:
     machine.on([ev.GetPage(0, 99, 0, 60, True, ev.Gup.WAIT)], 2)
     (back,) = machine.on([ev.CancelPage(0, 99)], 3)
     assert back == ev.Answer(0, 99, ev.Found.NO_MEMORY, True, 60)
-    assert machine.starving == 0
+    assert machine.waiters.starving == 0
     assert machine.on([ev.CancelPage(0, 99)], 4) == []
     assert Kind.SWAP_IN not in observer.kinds()

@@ -167,7 +167,7 @@ def test_moved_pages_keep_their_contents_and_wait_for_reads() -> None:
     for gfn, word in ((GFN, 0xABCD), (GFN + 1, 0x77)):
         frame = int(bench.vm.frame_of[256 + gfn - 32])
         assert int(bench.memory.frames[frame * WORDS]) == word
-        assert int(bench.vm.owner[frame]) == 256 + gfn - 32
+        assert int(bench.vm.frames.owner[frame]) == 256 + gfn - 32
 
 
 def test_changes_queue() -> None:

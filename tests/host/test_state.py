@@ -395,14 +395,14 @@ def test_memory_is_saved_while_most_of_it_is_on_swap() -> None:
     for gfn in range(60, 200):
         bench.fill(gfn, gfn)
         bench.settle()
-    assert bench.vm.swap_full is False
+    assert bench.vm.page_out.swap_full is False
     pause(bench)
     let_stop(bench)
     image = save(bench)
     kinds = [content for content, _ in image.pages]
     assert kinds.count(Content.DATA) >= 140
     assert kinds[255] is Content.NONE
-    assert bench.vm.free_count <= 48
+    assert bench.vm.frames.free_count <= 48
     fresh = restore(image, frames=48, low=8, high=16)
     fresh.settle()
     assert fresh.obs.counts[HostCounter.SWAP_OUT_PAGES] > 0, "what does not fit goes to swap"
@@ -430,7 +430,7 @@ def test_pages_without_contents_stay_so() -> None:
     assert image.pages[GFN] == (Content.ZERO, b"")
     assert image.pages[GFN + 1] == (Content.BAD, b"")
     fresh = restore(image)
-    free = fresh.vm.free_count
+    free = fresh.vm.frames.free_count
     assert fresh.vm.state[GFN] == 1
     assert free == fresh.memory.frame_count - sum(content is Content.DATA for content, _ in image.pages)
     assert fresh.touch(GFN + 1) is not None

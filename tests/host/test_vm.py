@@ -32,15 +32,15 @@ def begin_eviction(bench: Bench, gfn: int) -> None:
     if bench.memory.unmap(0, gfn) & 0x200:
         bench.vm.flags[gfn] |= F_DIRTY
     bench.vm.state[gfn] = HPT_EVICT
-    bench.vm._begin_grace(0, [gfn])
+    bench.vm.reclaim.begin_grace(0, [gfn])
 
 
 def frames_are_accounted_for(bench: Bench) -> None:
     """Every frame is free, owned by exactly one page, or held for a request."""
     vm = bench.vm
-    free = vm.free[: vm.free_count].tolist()
+    free = vm.frames.free[: vm.frames.free_count].tolist()
     owned = [f for f in vm.frame_of.tolist() if f >= 0]
-    places = Counter(free + owned + list(vm._limbo))
+    places = Counter(free + owned + list(vm.frames._limbo))
     assert set(places) == set(range(bench.memory.frame_count))
     assert max(places.values()) == 1, [f for f, n in places.items() if n > 1]
 
@@ -199,12 +199,12 @@ def test_faults_queue_for_frames_and_are_served_in_order() -> None:
         bench.boot(cpu, enable=False)
     bench.settle()
     gfn = 100
-    while bench.vm.free_count:
-        bench.vm._take_frame(200)
+    while bench.vm.frames.free_count:
+        bench.vm.frames.take(200)
         bench.vm._frame[200] = -1
     held = [bench.touch(gfn + cpu, cpu) for cpu in range(3)]
     assert held == [None, None, None]
-    bench.vm._push_free(0)
+    bench.vm.frames.push(0)
     bench.feed(bench.vm, ev.LookAtGrace())
     assert set(bench.entries) == {0}, "first come, first served"
 
@@ -323,8 +323,8 @@ def test_frame_named_by_a_cancelled_write_is_not_reused_before_its_reply() -> No
     bench.io.clear()
     bench.complete(second)
     assert bench.vm.state[40] == HPT_SLOT
-    free = bench.vm.free[: bench.vm.free_count].tolist()
+    free = bench.vm.frames.free[: bench.vm.frames.free_count].tolist()
     assert first.frame not in free
     frames_are_accounted_for(bench)
     bench.complete(first)
-    assert first.frame in bench.vm.free[: bench.vm.free_count].tolist()
+    assert first.frame in bench.vm.frames.free[: bench.vm.frames.free_count].tolist()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from host.async_pf import AsyncPf
+from host.reclaim import Reclaim
 from host.vm import VmMachine
 from host.x86 import X86
 from launcher import cli, replay
@@ -144,13 +145,13 @@ def test_an_event_less_is_found_at_the_first_of_its_kind(run_dir: Path) -> None:
 def test_a_write_to_memory_too_many_is_found(run_dir: Path) -> None:
     """Write-back without the grace: the page's sum is taken while vCPUs may still write to it."""
 
-    def begin(self: VmMachine, vm: int, hvps: list[int]) -> None:
-        self.memory.bump_generation(vm)
+    def begin(self: Reclaim, vm: int, hvps: list[int]) -> None:
+        self._m.memory.bump_generation(vm)
         for hvp in hvps:
-            self._evicted(hvp)
+            self._m.page_out.evicted(hvp)
 
     number, _ = first_call(run_dir, "pick_victims")
-    with patched([Patch(VmMachine, "_begin_grace", begin)]):
+    with patched([Patch(Reclaim, "begin_grace", begin)]):
         difference = replay.replay(run_dir, "host").difference
     assert difference is not None
     assert (difference.number, difference.machine) == (number, "vm")

@@ -141,7 +141,7 @@ class World:
 
     def free(self) -> tuple[set[int], set[int]]:
         """Frames and slots that may be given to anybody."""
-        frames = set(self.vm.free[: self.vm.free_count].tolist())
+        frames = set(self.vm.frames.free[: self.vm.frames.free_count].tolist())
         return frames, set(range(self.file.slots)) - set(self.swap.copies.blocks_used())
 
     def fence(self) -> None:

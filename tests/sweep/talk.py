@@ -362,7 +362,7 @@ class Talk:
         ]
         link_ = [(one.trouble, one.last_event, one.base) for one in shell.remote.daemons.values()]
         heard = [type(one).__name__ for one in self._heard]
-        free = f"{shell.vm.free_count} frames free"
+        free = f"{shell.vm.frames.free_count} frames free"
         return f"{cpus} {daemons} {link_} {free} {heard} gates {sorted(self._gates)} deaths {self.deaths}"
 
     def _wait(self) -> None:

@@ -8,11 +8,13 @@ from host import events as ev
 from host.async_pf import AsyncPf, Work
 from host.gfn_hash import EMPTY, GfnHash
 from host.kernels import F_DIRTY, HPT_EVICT, HPT_READING, HPT_SLOT
+from host.page_in import PageIn
+from host.reclaim import Reclaim
 from host.slots import Memslot
 from host.state import MpState
 from host.swap import SwapMachine
 from host.vcpu import VcpuMachine
-from host.vm import VmMachine
+from host.waiters import Waiters
 from proto import kvm
 from proto.events import Kind
 from proto.layout import APF_AREA_GPA, MODE_IN_GUEST, NPT_D, VP_STATE, XF_RESTART
@@ -39,7 +41,7 @@ def evict(bench: Bench, gfn: int) -> None:
     if bench.memory.unmap(0, gfn) & NPT_D:
         bench.vm.flags[gfn] |= F_DIRTY
     bench.vm.state[gfn] = HPT_EVICT
-    bench.vm._begin_grace(0, [gfn])
+    bench.vm.reclaim.begin_grace(0, [gfn])
 
 
 def outside(bench: Bench) -> None:
@@ -252,13 +254,14 @@ def area_without_memory() -> list[str]:
 
 
 # -- bugs ------------------------------------------------------------------------------------------------------
-def bad_read_is_forgotten(self: VmMachine, hvp: int) -> None:
+def bad_read_is_forgotten(self: PageIn, hvp: int) -> None:
     """The worker ignores the error and says that it has fetched; the page is still on swap."""
-    self.state[hvp] = HPT_SLOT
-    self.give_frame(int(self.frame_of[hvp]))
-    self.frame_of[hvp] = -1
-    for waiter in self._waiters.pop(hvp, ()):
-        self.emit(ev.Fetched(waiter.cpu, waiter.work))
+    vm = self._m
+    vm.state[hvp] = HPT_SLOT
+    vm.frames.give(int(vm.frame_of[hvp]))
+    vm.frame_of[hvp] = -1
+    for waiter in vm.waiters._pages.pop(hvp, ()):
+        vm.emit(ev.Fetched(waiter.cpu, waiter.work))
 
 
 def halt_in_mp_state(original: Any) -> Any:
@@ -294,22 +297,23 @@ def takes_death_for_a_fence(original: Any) -> Any:
     return lost
 
 
-def no_grace(self: VmMachine) -> None:
+def no_grace(self: Reclaim) -> None:
     for queue in self._unmapped:
         while queue:
             victim = queue.popleft()
-            self._evicting -= 1
-            if self.state[victim.hvp] == HPT_EVICT:
-                self._evicted(victim.hvp)
+            self.in_grace -= 1
+            if self._m.state[victim.hvp] == HPT_EVICT:
+                self._m.page_out.evicted(victim.hvp)
 
 
 def frees_the_landing_frame(original: Any) -> Any:
-    def cancel(self: VmMachine, event: ev.CancelFetch) -> None:
+    def cancel(self: Waiters, event: ev.CancelFetch) -> None:
         original(self, event)
-        if self.state[event.hvp] == HPT_READING:
-            self.state[event.hvp] = HPT_SLOT
-            self.give_frame(int(self.frame_of[event.hvp]))
-            self.frame_of[event.hvp] = -1
+        vm = self._m
+        if vm.state[event.hvp] == HPT_READING:
+            vm.state[event.hvp] = HPT_SLOT
+            vm.frames.give(int(vm.frame_of[event.hvp]))
+            vm.frame_of[event.hvp] = -1
 
     return cancel
 
@@ -325,7 +329,7 @@ BUGS: Final = (
         (Patch(AsyncPf, "clear", destroys_without_cancelling),),
         (Trial("steps a page comes after power-down", completion_after_power_down),)),
     Bug("BZ-18", "an error of the fetch is ignored", "Linux, unresolved", "mainline", ("I50",),
-        (Patch(VmMachine, "_poison", bad_read_is_forgotten),),
+        (Patch(PageIn, "_poison", bad_read_is_forgotten),),
         (Trial("steps the device fails for ever", device_fails_for_ever),)),
     Bug("BZ-25", "the synthetic halt is kept in the saved run state", "v6 (review)", "mainline", ("I37", "I47"),
         (Patch(VcpuMachine, "_block", halt_in_mp_state(VcpuMachine._block)),),
@@ -339,10 +343,10 @@ BUGS: Final = (
         (Patch(SwapMachine, "_daemon_lost", takes_death_for_a_fence(SwapMachine._daemon_lost)),),
         (Trial("steps the dead daemon's read lands late", old_daemon_writes_late),)),
     Bug("D-05", "write-back without grace (stale translation)", "of our own making", "mainline", (),
-        (Patch(VmMachine, "_advance_grace", no_grace),), (Trial("steps a store before the flush", store_in_the_grace_period),
+        (Patch(Reclaim, "advance_grace", no_grace),), (Trial("steps a store before the flush", store_in_the_grace_period),
          plans("with long stays", with_long_stays))),
     Bug("D-06", "a landing frame is used again too early", "of our own making", "mainline", (),
-        (Patch(VmMachine, "_cancel_fetch", frees_the_landing_frame(VmMachine._cancel_fetch)),),
+        (Patch(Waiters, "cancel_fetch", frees_the_landing_frame(Waiters.cancel_fetch)),),
         (Trial("steps a cancelled fetch lands", fetch_cancelled_while_the_device_writes),)),
 )  # fmt: skip
 

@@ -9,8 +9,8 @@ from typing import Any, Final
 from host import events as ev
 from host.giveback import GiveBack
 from host.kernels import HPT_READING
+from host.page_in import PageIn
 from host.swap import SwapMachine
-from host.vm import VmMachine
 from launcher.sim_verdict import run_plan
 from sim.daemons import Daemons
 from sim.draw import draw
@@ -121,7 +121,7 @@ def frees_at_once(original: Any) -> Any:
         reading = int(self._m.frame_of[hvp]) if self._m.state[hvp] == HPT_READING else -1
         held = bool(original(self, vm, hvp, frames))
         if reading >= 0:
-            self._m.lent.remove(reading)
+            self._m.frames.lent.remove(reading)
             frames.append(reading)
         return held
 
@@ -129,8 +129,8 @@ def frees_at_once(original: Any) -> Any:
 
 
 def comes_back_twice(original: Any) -> Any:
-    def frame_back(self: VmMachine, event: ev.FrameBack) -> None:
-        if event.frame in self.lent:
+    def frame_back(self: PageIn, event: ev.FrameBack) -> None:
+        if event.frame in self._m.frames.lent:
             original(self, event)
 
     return frame_back
@@ -142,7 +142,7 @@ BUGS: Final = (
     Bug("D-12", "a request that was lost is never asked for again", "found by the first plans with losses", "drawn", (),
         (Patch(SwapMachine, "__init__", handlers_without_a_second_look(SwapMachine.__init__)),), (plans("with a loss", with_a_loss),)),
     Bug("D-14", "the landing frame of a page that was given back is used again at once", "of our own making", "drawn", (),
-        (Patch(GiveBack, "_take", frees_at_once(GiveBack._take)), Patch(VmMachine, "frame_back", comes_back_twice(VmMachine.frame_back))),
+        (Patch(GiveBack, "_take", frees_at_once(GiveBack._take)), Patch(PageIn, "frame_back", comes_back_twice(PageIn.frame_back))),
         (plans("with a full swap", with_a_full_swap),)),
     Bug("D-13", "a daemon's successor comes before the fence", "of our own making", "drawn", (),
         (Patch(Daemons, "_die", succeeds_at_once(Daemons._die)), Patch(Daemons, "_fenced", said_already)),
