@@ -4,6 +4,13 @@ It acts on guest state only between an exit and an entry: a vCPU in guest mode i
 stale state. What blocks in KVM (a synchronous fault, a held shared-area access) holds this vCPU's path, never the host's loop.
 
 States: `Where` it is and why it does not run (`Halt`), with their arrows in proto/lives.py.
+
+Invariants
+* Requests are taken in KVM's order, before the entry and nowhere else.
+* An entry carries one exception. A reset goes first, then what the exit raised; a notice that memory is short waits for both.
+
+Not handled here: what an exit asks for (host/exits.py), async PF (host/x86.py, host/async_pf.py), notices that memory is short
+(host/notices.py), what is saved of a vCPU (host/state.py).
 """
 
 from __future__ import annotations
@@ -13,50 +20,40 @@ from typing import Any, Final
 
 from host.events import (
     Answer,
-    AtBarrier,
     CancelPage,
     Enter,
     ExitTaken,
     Fetched,
-    Found,
     GetPage,
     Gup,
     Interrupt,
     KickVcpu,
-    MemoryGiven,
     MemoryNotice,
-    NoticeLost,
     Pause,
     Paused,
     Poke,
     PoweredDown,
-    ReleasePages,
     Reset,
-    ResetMachine,
     Restore,
-    SendIpi,
     SetTimer,
     Startup,
     TimerDue,
     WasReset,
 )
+from host.exits import Exits
 from host.lapic import Lapic
+from host.notices import Notice
 from host.observe import Observer
 from host.state import MpState, VcpuState, restore
-from host.x86 import CANCEL_DESTROY, REQ_APF_HALT, REQ_APF_READY, REQ_RESET, X86, could_not_map
+from host.x86 import CANCEL_DESTROY, REQ_APF_HALT, REQ_APF_READY, REQ_RESET, X86
 from proto.kvm import VECTOR_TIMER
-from proto.layout import XF_KERNEL, XF_RESTART, XF_WRITE
+from proto.layout import XF_RESTART
 from proto.lives import HALT, VCPU, Halt, Where
 from proto.machine import Machine, MachineError, Path
 from proto.profile import Profile
-from proto.stats import HostCounter, HostHist
+from proto.stats import HostCounter
 from proto.trace import Kind
 from proto.wire import (
-    HC_AT_BARRIER,
-    HC_OOM,
-    HC_RELEASE,
-    HC_RESET,
-    OOM_PENDING,
     Entry,
     Exit,
     ExitReason,
@@ -66,13 +63,6 @@ from proto.wire import (
 
 HOST_TICK_NS: Final = 4_000_000
 """The host's own timer makes a running vCPU exit every 1 to 4 ms (seen in the recorded kernels); here only when something waits."""
-
-_COUNTER_OF: Final = {
-    Found.FAST: HostCounter.FAULTS_FAST,
-    Found.ZERO_FILL: HostCounter.FAULTS_ZERO_FILL,
-    Found.SWAP_CACHE: HostCounter.FAULTS_SWAP_CACHE,
-    Found.SWAPPED_IN: HostCounter.FAULTS_SWAP_IN,
-}
 
 _NO_EXIT: Final = Exit(0, 0, ExitReason.BOOT, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
@@ -99,7 +89,8 @@ class VcpuMachine(Machine):
         self.last_exit = _NO_EXIT
         self.where = Where.OUT
         self.x86 = X86(self, profile, host_async)
-        self._result = 0
+        self.result = 0
+        """Of a register read, for the next entry."""
         self._held_kind = Held.NONE
         self._held_ns = 0
         self.exit_ns = 0
@@ -109,11 +100,9 @@ class VcpuMachine(Machine):
         self._kicked = False
         self._poked = False
         self._pausing = False
-        self._notice: int | None = None
-        """The guest has to be told that memory is short, at the next entry without another exception."""
-        self._told = 0
-        """Number of the notice that this guest CPU took and has not answered."""
-        self._page_ask = 0
+        self.notice = Notice(self)
+        self._exits = Exits(self)
+        self.page_ask = 0
         """The request for a page that this vCPU is held for."""
         self._handlers: dict[type[Any], Callable[[Any], Path | None]] = {
             ExitTaken: self._exit_taken,
@@ -122,23 +111,11 @@ class VcpuMachine(Machine):
             TimerDue: self._timer_due,
             Interrupt: self._interrupt,
             Poke: self._poke,
-            MemoryNotice: self._memory_notice,
+            MemoryNotice: self.notice.come,
             Pause: self._pause,
             Restore: self._restore,
             Reset: self._reset_wanted,
             Startup: self._startup,
-        }
-        self._exits: dict[int, Callable[[Exit], Path]] = {
-            ExitReason.NESTED: self._nested_fault,
-            ExitReason.WRMSR: self._wrmsr,
-            ExitReason.RDMSR: self._rdmsr,
-            ExitReason.HLT: self._hlt,
-            ExitReason.IPI: self._ipi,
-            ExitReason.HYPERCALL: self._hypercall,
-            ExitReason.CR0: self._write_cr0,
-            ExitReason.BOOT: _nothing,
-            ExitReason.KICK: _nothing,
-            ExitReason.RESUME: _nothing,
         }
 
     # -- Machine -------------------------------------------------------------------------------------------
@@ -190,16 +167,13 @@ class VcpuMachine(Machine):
         return self._one_exit(record)
 
     def _one_exit(self, record: Exit) -> Path:
-        handler = self._exits.get(record.reason)
-        if handler is None:
-            raise MachineError(f"vcpu {self.cpu}: exit reason {record.reason} passed validation")
-        yield from handler(record)
+        yield from self._exits.path(record)
         yield from self._vcpu_run()
 
     def _power_down(self) -> Path:
         self.x86.forget(CANCEL_DESTROY)
         self.where = VCPU.go(self.where, "power_down")
-        self._lose_notice()
+        self.notice.lose()
         self.emit(PoweredDown(self.cpu))
         if self._pausing:
             self.emit(Paused(self.cpu))
@@ -208,94 +182,6 @@ class VcpuMachine(Machine):
             self.emit(WasReset(self.cpu))
         yield "powered_down"
 
-    # -- exits ---------------------------------------------------------------------------------------------
-    def _nested_fault(self, record: Exit) -> Path:
-        """EPT violation: the ladder, then asynchronous if the rules allow, else wait (spec §3.1)."""
-        self.obs.count(HostCounter.NESTED_FAULTS)
-        if record.flags & XF_KERNEL:
-            self.obs.count(HostCounter.FAULTS_KERNEL_MODE)
-        gfn = record.gpa >> 12
-        write = bool(record.flags & XF_WRITE)
-        how = Gup.NOWAIT if self.x86.host_async else Gup.WAIT
-        answer = yield from self.get_page(gfn, write, how)
-        if answer.value == Found.NEEDS_IO:
-            yield "fault.needs_io"
-            if (yield from self._go_async(record, gfn, answer.hvp)):
-                return
-            answer = yield from self.get_page(gfn, write, Gup.WAIT)
-        if answer.value == Found.NO_MEMORY:
-            return
-        if answer.waited:
-            self.obs.record(HostHist.FAULT, self.now_ns - self.exit_ns)
-        if could_not_map(answer.value):
-            self.obs.count(HostCounter.MACHINE_CHECKS)
-            self.exception = (Inject.MACHINE_CHECK, record.gva)
-            return
-        if answer.value == Found.SWAPPED_IN:
-            self.obs.count(HostCounter.FAULTS_SYNC)
-        self.obs.count(_COUNTER_OF[Found(answer.value)])
-
-    def _go_async(self, record: Exit, gfn: int, hvp: int) -> Path:
-        """Steps 2 of spec §3.1; returns True when the fault needs no more of this exit."""
-        x86 = self.x86
-        if not x86.can_do():
-            return False
-        self._trace(Kind.TRY_ASYNC_GET_PAGE, a=record.gpa, b=gfn)
-        if x86.profile.gfn_hash and gfn in x86.hash:
-            self._trace(Kind.ASYNC_PF_REPEATED_FAULT, a=record.gpa, b=gfn)
-            self.obs.count(HostCounter.FAULTS_REPEATED)
-            self.request(REQ_APF_HALT)
-            return True
-        yield "fault.setup"
-        return (yield from x86.setup(record, hvp))
-
-    def _wrmsr(self, record: Exit) -> Path:
-        if (yield from self.x86.write_msr(record.arg0, record.arg1)):
-            self.exception = (Inject.GP, 0)
-
-    def _rdmsr(self, record: Exit) -> Path:
-        value = self.x86.read_msr(record.arg0)
-        if value < 0:
-            self.exception = (Inject.GP, 0)
-        else:
-            self._result = value
-        yield "rdmsr"
-
-    def _hlt(self, record: Exit) -> Path:  # noqa: ARG002 - all exit handlers take the record
-        self.halt = HALT.go(self.halt, "hlt")
-        yield "hlt"
-
-    def _ipi(self, record: Exit) -> Path:
-        self.emit(SendIpi(self.vm, record.arg0, record.arg1))
-        yield "ipi"
-
-    def _hypercall(self, record: Exit) -> Path:
-        if record.arg0 == HC_AT_BARRIER:
-            self.emit(AtBarrier(self.vm, record.arg1))
-        elif record.arg0 == HC_RESET:
-            self.emit(ResetMachine(self.vm, self.cpu))
-            self.requests |= REQ_RESET
-        elif record.arg0 == HC_RELEASE:
-            gfn, mask = record.gpa >> 12, record.arg1
-            yield from self.query(lambda ask: ReleasePages(self.cpu, ask, self.vm, gfn, mask))
-        elif record.arg0 == HC_OOM:
-            self._answer_notice(record)
-        yield "hypercall"
-
-    def _answer_notice(self, record: Exit) -> None:
-        """Any CPU of the guest may answer: the one that stopped last gives the memory back. Until then a reset of who was told loses it."""
-        self._trace(Kind.OOM_ANSWER, a=record.arg1, b=record.gpa, c=record.gva)
-        if self._told == record.arg1 and not record.gva & OOM_PENDING:
-            self._told = 0
-        self.emit(MemoryGiven(self.vm, record.arg1, record.gpa, record.gva))
-
-    def _write_cr0(self, record: Exit) -> Path:
-        now = record.arg0 & 1
-        self.last_exit = record._replace(cr0_pg=now)
-        self._trace(Kind.CR0_PG, a=now, b=record.cr0_pg)
-        self.x86.paging_changed(record.cr0_pg, now)
-        yield "cr0"
-
     # -- the run loop --------------------------------------------------------------------------------------
     def _vcpu_run(self) -> Path:
         """Requests in KVM's order, then block or enter."""
@@ -303,13 +189,13 @@ class VcpuMachine(Machine):
             if self.requests & REQ_RESET:
                 yield from self._reset()
             # A notice goes first: it is not part of what is saved.
-            if self._pausing and self._at_save_point() and self._notice is None:
+            if self._pausing and self._at_save_point() and self.notice.due is None:
                 self._stop_here()
                 return
             if self.requests & REQ_APF_HALT:
                 self.requests &= ~REQ_APF_HALT
                 self.halt = HALT.go(self.halt, "apf_halt")
-                self._trace(Kind.HALT_ON, a=1, b=self.last_exit.gpa >> 12)
+                self.trace(Kind.HALT_ON, a=1, b=self.last_exit.gpa >> 12)
                 yield "run.halt"
             if self.halt:
                 if not self.runnable():
@@ -346,7 +232,7 @@ class VcpuMachine(Machine):
             return False
         if not self.halt:
             return True
-        if self.x86.apf.done or self.exception is not None or self._poked or self._notice is not None:
+        if self.x86.apf.done or self.exception is not None or self._poked or self.notice.due is not None:
             return True
         return bool(self.lapic.irr) and self.x86.interrupts_allowed()
 
@@ -359,20 +245,20 @@ class VcpuMachine(Machine):
         self._startup_due = False
         self.exception = None
         self._poked = False
-        self._lose_notice()
-        self._result = 0
+        self.notice.lose()
+        self.result = 0
         self.lapic.reset()
         self.x86.reset()
         self.last_exit = self.last_exit._replace(cpl=0, if_=0, shadow=0, pending=0, cr0_pg=0, timer_ns=0)
         self._restart = True
-        self._trace(Kind.RESET)
+        self.trace(Kind.RESET)
         self.emit(WasReset(self.cpu))
         yield "reset"
 
     def unhalt(self) -> None:
         """Every completion ends a halt, also one the guest executed (spec §1.15 rule 7)."""
         if self.halted or self.mp_halted:
-            self._trace(Kind.HALT_OFF, a=2)
+            self.trace(Kind.HALT_OFF, a=2)
             self.halt = HALT.go(self.halt, "go_on")
 
     def _block(self) -> None:
@@ -388,7 +274,7 @@ class VcpuMachine(Machine):
         elif self.halted:
             # A pending interrupt ends the halt at once. A guest whose clock is behind must know, or it would touch the page again.
             self._held(Held.HALTED, 0)
-        self._trace(Kind.HALT_OFF, a=1)
+        self.trace(Kind.HALT_OFF, a=1)
         if self.halted or self.mp_halted:
             self.halt = HALT.go(self.halt, "go_on")
 
@@ -401,8 +287,8 @@ class VcpuMachine(Machine):
         inject, cr2 = self.exception if self.exception is not None else (Inject.NONE, 0)
         if self._restart:
             inject, self._restart = Inject.RESET, False
-        elif self._notice is not None and self.exception is None:
-            inject, cr2 = Inject.OUT_OF_MEMORY, self._take_notice()
+        elif self.notice.due is not None and self.exception is None:
+            inject, cr2 = Inject.OUT_OF_MEMORY, self.notice.take()
         self.exception = None
         self._poked = False
         self.where = VCPU.go(self.where, "enter")
@@ -410,19 +296,19 @@ class VcpuMachine(Machine):
             Enter(
                 self.cpu,
                 Entry(
-                    self.last_exit.seq, 0, inject, 0, cr2, self.lapic.pending(), self._result, self._held_kind,
+                    self.last_exit.seq, 0, inject, 0, cr2, self.lapic.pending(), self.result, self._held_kind,
                     max(0, self._held_ns), 0,
                 ),
             )
         )  # fmt: skip
-        self._result = 0
+        self.result = 0
         self._held_kind = Held.NONE
         self._held_ns = 0
         if self.x86.apf.done and not self.x86.profile.ready_by_interrupt:
             # Mode E hands over one completion per entry: the next exit takes the next one, at the latest at the host's tick. In mode I
             # the rest waits for the guest's ACK, however often it exits (recorded: ack_no_clr, clr_no_ack).
             self._arm(self.now_ns + HOST_TICK_NS)
-        if self.requests or self._pausing or self._notice is not None:
+        if self.requests or self._pausing or self.notice.due is not None:
             self.kick(self.requests)
 
     # -- save and restore ----------------------------------------------------------------------------------
@@ -431,7 +317,7 @@ class VcpuMachine(Machine):
         self._pausing = True
         if self.where in (Where.OFF, Where.PAUSED):
             self.emit(Paused(self.cpu))
-        elif self.where is Where.BLOCKED and self._at_save_point() and self._notice is None:
+        elif self.where is Where.BLOCKED and self._at_save_point() and self.notice.due is None:
             self._stop_here()
         else:
             self.kick(0)
@@ -442,7 +328,7 @@ class VcpuMachine(Machine):
     def _stop_here(self) -> None:
         self.where = VCPU.go(self.where, "pause")
         state = self.state()
-        self._trace(Kind.STATE_SAVE, a=state.mp_state, b=self.halted, c=self.x86.msr_en)
+        self.trace(Kind.STATE_SAVE, a=state.mp_state, b=self.halted, c=self.x86.msr_en)
         self.emit(Paused(self.cpu))
 
     @property
@@ -473,7 +359,7 @@ class VcpuMachine(Machine):
         if first and self.where is Where.IN_GUEST and self.requests and not self._kicked:
             # Requested without a kick, since a ready event is un-acknowledged: seen at the next exit (spec §3.3, recorded: clr_no_ack).
             self._arm(self.now_ns + HOST_TICK_NS)
-        yield from self._wake()
+        yield from self.wake()
 
     def _timer_due(self, event: TimerDue) -> Path | None:
         if event.generation != self._timer_generation:
@@ -485,45 +371,20 @@ class VcpuMachine(Machine):
         if self.where is not Where.BLOCKED:
             return None
         self.lapic.raise_fixed(VECTOR_TIMER)
-        return self._wake()
+        return self.wake()
 
     def _interrupt(self, event: Interrupt) -> Path | None:
         if self.where is Where.OFF or not self.lapic.raise_fixed(event.vector):
             return None
         self.kick(0)
-        return self._wake()
+        return self.wake()
 
     def _poke(self, _: Poke) -> Path | None:
         if self.where is Where.OFF:
             return None
         self._poked = True
         self.kick(0)
-        return self._wake()
-
-    def _memory_notice(self, event: MemoryNotice) -> Path | None:
-        """Whatever this vCPU waits for, it goes back to its guest. One that is held for a page executes its instruction again."""
-        self._notice = max(event.number, self._notice or 0)
-        if self.where in (Where.OFF, Where.PAUSED):
-            self._lose_notice()
-            return None
-        if self._page_ask:
-            self.emit(CancelPage(self.cpu, self._page_ask))
-        self.kick(0)
-        return self._wake()
-
-    def _take_notice(self) -> int:
-        """It goes with this entry."""
-        number, self._notice = self._notice or 0, None
-        self._told = number or self._told
-        self._trace(Kind.OOM_NOTICE, a=number)
-        return number
-
-    def _lose_notice(self) -> None:
-        """The guest CPU begins anew, or is no more: it will not answer."""
-        if number := self._notice or self._told:
-            self.emit(NoticeLost(self.vm, number, nobody=False))
-        self._notice = None
-        self._told = 0
+        return self.wake()
 
     def _reset_wanted(self, _: Reset) -> Path | None:
         """INIT, or a reset of the machine: taken when the vCPU is outside guest mode, before anything else."""
@@ -534,17 +395,17 @@ class VcpuMachine(Machine):
         # As in KVM, INIT drops a start-up that has not been taken.
         self._startup_due = False
         self.kick(REQ_RESET)
-        return self._wake()
+        return self.wake()
 
     def _startup(self, _: Startup) -> Path | None:
         if self.requests & REQ_RESET:
             self._startup_due = True
         elif self.mp_init:
             self.halt = HALT.go(self.halt, "startup")
-            return self._wake()
+            return self.wake()
         return None
 
-    def _wake(self) -> Path:
+    def wake(self) -> Path:
         """Somebody made it runnable: a blocked vCPU goes back to its run loop, any other will see it at its next entry."""
         if self.where is Where.BLOCKED and self.runnable():
             self._unblock()
@@ -554,7 +415,7 @@ class VcpuMachine(Machine):
     def request(self, bit: int) -> None:
         """Set a request bit; it is consumed before the next entry."""
         self.requests |= bit
-        self._trace(Kind.REQ, a=bit)
+        self.trace(Kind.REQ, a=bit)
 
     def kick(self, why: int) -> None:
         """Make a vCPU in guest mode exit. Once per stay in guest mode is enough."""
@@ -581,22 +442,18 @@ class VcpuMachine(Machine):
         since_ns = self.now_ns
         self.emit(request(ask.ask_id))
         if held:
-            self._page_ask = ask.ask_id
-            if self._notice is not None:
+            self.page_ask = ask.ask_id
+            if self.notice.due is not None:
                 self.emit(CancelPage(self.cpu, ask.ask_id))
         answer = yield ask
         if held:
-            self._page_ask = 0
+            self.page_ask = 0
         if answer.waited:
             held_ns = self.now_ns - since_ns
             self._held(Held.BLOCKED, held_ns)
-            self._trace(Kind.HELD, a=held_ns)
+            self.trace(Kind.HELD, a=held_ns)
         return answer
 
-    def _trace(self, kind: Kind, *, a: int = 0, b: int = 0, c: int = 0) -> None:
+    def trace(self, kind: Kind, *, a: int = 0, b: int = 0, c: int = 0) -> None:
+        """A record of this vCPU."""
         self.obs.trace(kind, vcpu=self.vcpu_id, vm=self.vm, a=a, b=b, c=c)
-
-
-def _nothing(_: Exit) -> Path:
-    """Exits that only wanted the host to look around."""
-    yield "nothing"

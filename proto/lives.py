@@ -121,7 +121,7 @@ HALT: Final = Transitions(
     "The synthetic halt and the guest's own HLT are two states on purpose: only the second is part of mp_state, so a saved vCPU never shows"
     " the first (spec §1.15, I37). The fault path decides on the first, the HLT exit on the second; a vCPU is never in both, since every"
     " entry ends either.",
-    "host/vcpu.py",
+    "host/vcpu.py, host/exits.py",
     (
         State(Halt.RUNS, "it may be entered"),
         State(Halt.HALTED, "synthetic halt: the guest does not know"),

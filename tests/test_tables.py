@@ -173,6 +173,8 @@ def test_every_arrow_is_gone_along_and_nothing_else(table: Transitions[Any], see
 # -- states are changed through the tables only ---------------------------------------------------------------
 CHANGES: Final = {
     "host/vcpu.py": ("where", "halt"),
+    "host/exits.py": ("where", "halt"),
+    "host/notices.py": ("where", "halt"),
     "host/state.py": ("where", "halt"),
     "host/async_pf.py": ("life",),
     "host/x86.py": ("life", "where", "halt"),

@@ -124,7 +124,7 @@ def tests_before_append(self: VcpuMachine, event: Fetched) -> Path:
     yield "zoo.tested"
     yield from self.x86.apf.completed(event.work)
     if blocked:
-        yield from self._wake()
+        yield from self.wake()
 
 
 # -- BZ-46 -----------------------------------------------------------------------------------------------------
