@@ -31,13 +31,14 @@ from launcher.blame import Story, stories
 from launcher.chaos import Chaos, process_faults
 from launcher.lifecycle import SAVED, Bounds
 from launcher.online import RunCheck
+from launcher.outcome import Outcome
 from launcher.progress import Progress
 from launcher.resources import Resources
 from launcher.restart import Carried, Moves
 from launcher.rundir import RunDir
 from launcher.runfile import usable_cores, write_json
 from launcher.signals import Signals
-from launcher.supervisor import ZYGOTE_STOP_S, Outcome, Supervisor
+from launcher.supervisor import ZYGOTE_STOP_S, Supervisor
 from launcher.watch import Watch
 from launcher.zygote_link import Zygote
 from proto import inputlog, link

@@ -1,30 +1,26 @@
 """The loop that watches a run: one poller over zygote, host, signals and timers; decisions come from launcher/lifecycle.py.
 
-Purpose: turn what happens into events of the `Lifecycle`, perform its effects, sample what the summary needs, and take everything
-down at the end.
+Purpose: turn what happens into events of the `Lifecycle`, perform its effects, and take everything down at the end.
 
-Invariants: `tear_down` may be called at any time and leaves no process of the run; every wait is bounded; a message that cannot be
-read is counted and dropped.
+Invariants: `tear_down` may be called at any time and leaves no process of the run; every wait is bounded.
 
-Not handled here: creating what the run needs (launcher/execute.py), files, results.
+Not handled here: creating what the run needs (launcher/execute.py), samples for the summary (launcher/outcome.py), the link to the host
+(launcher/host_link.py), processes without their zygote (launcher/orphans.py), files, results.
 """
 
 from __future__ import annotations
 
-import ctypes
-import os
 import signal
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import zmq
 
 from launcher import kernel_cache
 from launcher.blame import Blamed, Deaths
 from launcher.chaos import Chaos
+from launcher.host_link import HostLink
 from launcher.lifecycle import (
     Bounds,
     Effect,
@@ -39,22 +35,21 @@ from launcher.lifecycle import (
     Tell,
 )
 from launcher.live import Live
-from launcher.outage import OutageMeter
+from launcher.orphans import Orphans
+from launcher.outcome import Outcome, Samples
 from launcher.progress import Progress
 from launcher.resources import Resources
 from launcher.rundir import RunDir
 from launcher.runfile import usable_cores
 from launcher.signals import Signals
-from launcher.usage import Sampler
-from launcher.watch import Watch, private_memory_mib
+from launcher.watch import Watch
 from launcher.zygote_link import Child, Exited, Forked, Gone, Ready, Zygote, describe_exit, describe_status
-from proto import link, wire
+from proto import wire
 from proto.faults import FOREVER_NS
 from proto.layout import CTL_ABORT
 from proto.pcpu import Pcpu
 from proto.stats import HostCounter
 from proto.topology import Topology
-from report.summary import Snapshot
 from swapd import swapfile
 
 MS: Final = 1_000_000
@@ -76,35 +71,6 @@ TOGETHER_S: Final = 0.05
 LEFT_NAMED_MAX: Final = 8
 ZYGOTE_STOP_S: Final = 5.0
 """Reaping waits for reads that the device has begun."""
-ORPHANS_S: Final = 5.0
-ORPHAN_POLL_S: Final = 0.01
-MESSAGES_PER_TURN: Final = 64
-USS_SAMPLES_MAX: Final = 16
-PR_SET_CHILD_SUBREAPER: Final = 36
-PR_GET_CHILD_SUBREAPER: Final = 37
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What became of a run, beside the figures in shared memory."""
-
-    ended: str = ""
-    orderly: bool = False
-    blamed: list[Blamed] = field(default_factory=list)
-    """Who ended the run, first things first: those that died, or one that hangs or gave up."""
-    details: list[str] = field(default_factory=list)
-    start_ns: int = 0
-    end_ns: int = 0
-    started_in_s: float | None = None
-    restarts: int = 0
-    bad_messages: int = 0
-    memory: dict[str, float] | None = None
-    usage: Sampler = field(default_factory=Sampler)
-    at_start: Snapshot | None = None
-    at_stop: Snapshot | None = None
-    outage: OutageMeter = field(default_factory=OutageMeter)
-    saved_pages: int = 0
-    """With contents, in the last image."""
 
 
 class Supervisor:
@@ -141,12 +107,10 @@ class Supervisor:
         self._zygote = zygote
         self._zygote_gone = False
         self._run_dir = run_dir
-        self._key = key
         self._resources = resources
         self._signals = signals
         self._signals_seen = signals.count if signals_seen is None else signals_seen
         self._progress = progress
-        self._began_ns = began_ns
         self._chaos = chaos
         limits = [daemon.restart_limit for daemon in topology.swapd]
         self._life = Lifecycle(
@@ -159,6 +123,7 @@ class Supervisor:
         )
         self._watch = Watch(resources.segments, [vm.vcpus for vm in topology.vm])
         self._live = Live(self._watch)
+        self._samples = Samples(self.outcome, self._watch, lambda: self._life.pids, zygote.pid, began_ns)
         self.outcome.outage.expected = bool(topology.fault) or any(
             daemon.connect for daemon in topology.swapd
         )
@@ -172,15 +137,11 @@ class Supervisor:
         self._deaths = Deaths()
         self._starting = ""
         self._stall_checked_ns = 0
-        self._memory_due_ns = 0
-        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
-        self._dealer: zmq.Socket[bytes] | None = None
-        self._connecting = False
         self._poller = zmq.Poller()
         self._poller.register(zygote.fileno(), zmq.POLLIN)
         self._poller.register(signals.fileno(), zmq.POLLIN)
-        self._children_before = _children()
-        self._subreaper_before = _subreaper(on=True)
+        self._link = HostLink(run_dir, key, self._poller)
+        self._orphans = Orphans(zygote.pid)
 
     @property
     def signals_seen(self) -> int:
@@ -203,8 +164,7 @@ class Supervisor:
     def _turn(self) -> None:
         # A register's events are only a hint: every source is asked below without waiting, except the zygote.
         ready = dict(self._poller.poll(self._timeout_ms()))
-        if self._dealer is not None:
-            self._hear_host(self._dealer)
+        self._hear_host()
         if self._zygote.fileno() in ready:
             self._hear_zygote()
         if self._signals.fileno() in ready:
@@ -216,7 +176,7 @@ class Supervisor:
         self._on_time(time.monotonic_ns())
 
     def _timeout_ms(self) -> int:
-        if self._connecting:
+        if self._link.expected:
             return CONNECT_TICK_MS
         now_ns = time.monotonic_ns()
         stop_near = (
@@ -226,7 +186,7 @@ class Supervisor:
         )
         if self._life.phase is Phase.RUNNING and 0 < self._life.save_due_ns < now_ns + TICK_MS * MS:
             return max(0, -(-(self._life.save_due_ns - now_ns) // MS))
-        booting = self.outcome.started_in_s is None and self._dealer is not None
+        booting = self.outcome.started_in_s is None and self._link.is_there
         if stop_near or booting:
             return QUICK_TICK_MS
         tick_ms = min(TICK_MS, self.outcome.outage.tick_ms)
@@ -238,17 +198,8 @@ class Supervisor:
             tick_ms = min(tick_ms, max(0, -(-(due_ns - now_ns) // MS)))
         return tick_ms
 
-    def _hear_host(self, dealer: zmq.Socket[bytes]) -> None:
-        for _ in range(MESSAGES_PER_TURN):
-            try:
-                parts = dealer.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            try:
-                message = wire.decode(parts[0])
-            except wire.WireError:
-                self.outcome.bad_messages += 1
-                continue
+    def _hear_host(self) -> None:
+        for message in self._link.hear():
             now_ns = time.monotonic_ns()
             was = self._life.phase
             if isinstance(message, wire.Saved):
@@ -269,13 +220,13 @@ class Supervisor:
                 case Forked(child, pid):
                     self._perform(self._life.on_forked(child, pid))
                     if child.role == "host":
-                        self._connecting = True
+                        self._link.expected = True
                 case Exited(child, pid, status):
                     self._look_at_faults()
                     how = self._life.how(child.name, describe_status(status))
                     self._deaths.note(Blamed(child, how, now_ns, pid))
-                    if child.role == "swapd":
-                        self._daemon_ended(child.number, now_ns)
+                    if child.role == "swapd" and self._life.phase is not Phase.OVER:
+                        self._samples.daemon_down(child.number, now_ns)
                     self._perform(self._life.on_exited(child, status, now_ns))
                 case Gone():
                     self._zygote_gone = True
@@ -293,7 +244,7 @@ class Supervisor:
                 case Fork(children):
                     self._zygote.fork(children)
                 case Tell(message):
-                    if not self._tell(message):
+                    if not self._link.tell(message):
                         self._perform(self._life.fail("the host does not read its messages", "host-0"))
                         return
                 case Fence(daemon):
@@ -313,15 +264,6 @@ class Supervisor:
                 case End():
                     self._ended(effect)
 
-    def _tell(self, message: wire.Message) -> bool:
-        if self._dealer is None:
-            return True  # there is no host yet that would have to know
-        try:
-            self._dealer.send(wire.encode(message), zmq.NOBLOCK)
-        except zmq.Again:
-            return False
-        return True
-
     def _ended(self, end: End) -> None:
         outcome = self.outcome
         outcome.ended, outcome.orderly = end.ended, end.orderly
@@ -339,35 +281,18 @@ class Supervisor:
     # -- timers -----------------------------------------------------------------------------------------------------------
     def _on_time(self, now_ns: int) -> None:
         self._perform(self._life.on_time(now_ns))
-        if self._connecting and self._run_dir.socket.exists():
-            self._connect()
-        outcome = self.outcome
-        if outcome.started_in_s is None and self._dealer is not None and self._watch.all_booted():
-            outcome.started_in_s = (now_ns - self._began_ns) / S
+        self._link.look()
+        if self.outcome.started_in_s is None and self._link.is_there and self._watch.all_booted():
+            self._samples.started(now_ns)
         if now_ns - self._stall_checked_ns > STALL_CHECK_NS:
             self._stall_checked_ns = now_ns
             self._perform(self._life.on_stalled(self._pcpu.stalled(now_ns, STALL_NS)))
-        if outcome.at_start is not None:
-            self._on_measured_time(now_ns)
+        if self.outcome.at_start is not None:
+            self._samples.turn(now_ns)
+            if self._chaos is not None:
+                self._on_faults(self._chaos, now_ns)
         if self._progress.due():
             self._show(now_ns)
-
-    def _on_measured_time(self, now_ns: int) -> None:
-        outcome = self.outcome
-        outcome.outage.sample(now_ns, self._watch.outage_reading())
-        if outcome.at_stop is None and self._watch.stopped():
-            # Before the copy of all figures, which is the launcher's own and only made now.
-            outcome.usage.end(now_ns, self._pids_by_role())
-            outcome.at_stop = self._watch.snapshot(now_ns)
-            outcome.outage.stop(now_ns, self._watch.outage_reading())
-        if outcome.usage.due(now_ns):
-            outcome.usage.take(now_ns, self._pids_by_role())
-        if self._memory_due_ns and now_ns >= self._memory_due_ns:
-            self._memory_due_ns = 0
-            vcpus = [pid for child, pid in self._life.pids.items() if child.role == "vcpu"]
-            outcome.memory = private_memory_mib(vcpus[:: -(-len(vcpus) // USS_SAMPLES_MAX)])
-        if self._chaos is not None:
-            self._on_faults(self._chaos, now_ns)
 
     def _on_faults(self, chaos: Chaos, now_ns: int) -> None:
         """Kill and stop what the schedule wants now, and let go on what has stood long enough."""
@@ -390,42 +315,12 @@ class Supervisor:
             for spec, number in self._chaos.look():
                 self._life.ordered(spec.role, number, self._chaos.why(spec))
 
-    def _pids_by_role(self) -> dict[str, list[int]]:
-        """Process ids of this run, the launcher's and the zygote's too."""
-        found = {"host": [], "swapd": [], "vcpu": [], "launcher": [os.getpid()], "zygote": [self._zygote.pid]}
-        for child, pid in self._life.pids.items():
-            found[child.role].append(pid)
-        return found
-
     def _barrier_opened(self, now_ns: int) -> None:
-        if self.outcome.at_start is None:
-            self.outcome.at_start = self._watch.snapshot(now_ns)
-        self.outcome.outage.begin(now_ns, self._watch.outage_reading())
-        if self.outcome.memory is None:
-            self._memory_due_ns = max(
-                now_ns + S // 10, self._life.start_ns + int(self._topology.run.seconds * S / 2)
-            )
+        self._samples.begin(now_ns, self._life.start_ns, self._topology.run.seconds)
         if self._resumed:
             self._run_dir.image.unlink(missing_ok=True)
-        if self.outcome.started_in_s is None:
-            self.outcome.started_in_s = (now_ns - self._began_ns) / S
-        self.outcome.usage.begin(now_ns, self._topology.run.seconds)
         self._live.begin(now_ns)
         self._progress.phase("running")
-
-    def _daemon_ended(self, daemon: int, now_ns: int) -> None:
-        if self._life.phase is Phase.OVER:
-            return
-        self.outcome.outage.down(daemon, now_ns, self._watch.outage_reading())
-
-    def _connect(self) -> None:
-        self._connecting = False
-        self._context = link.new_context()
-        self._dealer = link.connect_dealer(
-            self._context, self._run_dir.endpoint, link.launcher_identity(self._key)
-        )
-        self._poller.register(self._dealer, zmq.POLLIN)
-        self._tell(wire.Hello(wire.Role.LAUNCHER, 0, 0, os.getpid()))
 
     def _show(self, now_ns: int) -> None:
         host = self._watch.host
@@ -457,12 +352,9 @@ class Supervisor:
         finally:
             if not self._zygote_gone:
                 self._zygote.stop(ZYGOTE_STOP_S)
-            self._reap_orphans()
-            _subreaper(on=self._subreaper_before)
-            if self._dealer is not None:
-                self._dealer.close(linger=0)
-            if self._context is not None:
-                self._context.term()
+            self._orphans.reap()
+            self._link.close()
+            self.outcome.bad_messages += self._link.bad_messages
 
     def _hear_who_else_died(self) -> None:
         """Name those, too, that died together with the first one, before anybody is told to leave."""
@@ -484,7 +376,7 @@ class Supervisor:
 
     def _let_leave(self) -> None:
         """Say goodbye and give the processes time to write down what they know."""
-        self._tell(wire.Bye(0))
+        self._link.tell(wire.Bye(0))
         bound_s = LEAVE_ORDERLY_S + LEAVE_EACH_S * len(self._life.pids)
         self._hear_reports(bound_s, lambda: bool(self._life.pids))
         if self._life.pids:
@@ -503,7 +395,7 @@ class Supervisor:
             if child != host:
                 self._zygote.kill(pid)
         self._resources.segments["control"].u64[CTL_ABORT] = 1
-        self._tell(wire.Bye(0))
+        self._link.tell(wire.Bye(0))
         self._hear_reports(LEAVE_ABORT_S, lambda: host in self._life.pids)
 
     def _hear_reports(self, timeout_s: float, wanted: Callable[[], bool]) -> None:
@@ -512,34 +404,3 @@ class Supervisor:
         while wanted() and not self._zygote_gone and (left_s := deadline_s - time.monotonic()) > 0:
             if self._zygote.wait_report(left_s):
                 self._hear_zygote()
-
-    def _reap_orphans(self) -> None:
-        """Processes of a zygote that was killed are ours now: they are dead or about to be, and must not stay as zombies."""
-        deadline_s = time.monotonic() + ORPHANS_S
-        while (left := _children() - self._children_before - {self._zygote.pid}) and (
-            time.monotonic() < deadline_s
-        ):
-            for pid in left:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, os.WNOHANG)
-            time.sleep(ORPHAN_POLL_S)
-
-
-def _children() -> set[int]:
-    """Children of this process, zombies too."""
-    found: set[int] = set()
-    for path in Path("/proc/self/task").glob("*/children"):
-        found.update(map(int, path.read_text().split()))
-    return found
-
-
-def _subreaper(*, on: bool) -> bool:
-    """Whether orphaned descendants become children of this process, from now on; returns what was so before."""
-    libc: Any = ctypes.CDLL(None, use_errno=True)
-    before = ctypes.c_int()
-    if (
-        libc.prctl(PR_GET_CHILD_SUBREAPER, ctypes.byref(before), 0, 0, 0) != 0
-        or libc.prctl(PR_SET_CHILD_SUBREAPER, int(on), 0, 0, 0) != 0
-    ):
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
-    return bool(before.value)
