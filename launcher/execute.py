@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from launcher import resources, restart, rundir, runfile
+from launcher.allocator import keep_memory_small
 from launcher.blame import Story, stories
 from launcher.chaos import Chaos, process_faults
 from launcher.lifecycle import SAVED, Bounds
@@ -102,6 +103,7 @@ class RunResult:
 def execute(topology: Topology, options: RunOptions, signals: Signals, progress: Progress) -> RunResult:
     """Run a topology. Raises UserError for what this machine or the input cannot provide."""
     began_ns = time.monotonic_ns()
+    keep_memory_small()
     traces = resources.check_traces(topology)
     options.moves.check(topology)
     _raise_descriptor_limit(topology)
