@@ -1,9 +1,9 @@
 """How the C library keeps memory that the launcher has freed.
 
-Why: the check of a run allocates arrays of all sizes for as long as the run lasts, in a thread. glibc raises its threshold for mappings of
-their own each time a large block is freed (up to 32 MiB), puts such blocks into the heaps of its threads from then on, and those heaps
-grow by fragments: 0.4 MiB a minute with 256 vCPUs (`launch.py stress --vcpus 256 --vms 4 --seconds 600 --chaos`). With a fixed threshold
-large blocks go back to the system when they are freed.
+Why: the check of a run allocates arrays of all sizes for as long as the run lasts, in a thread. glibc gives each thread a heap of its own,
+and raises its threshold for mappings with each large block that is freed (up to 32 MiB), so that such blocks come from those heaps,
+too. What is freed in their middle stays. With one heap and a fixed threshold large blocks go back to the system at once, and the memory
+of the launcher is what it uses.
 
 Not handled here: other C libraries, which have no such knobs.
 """
