@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 from tests.e2e.runs import Launched, open_files
 
 PAGE = 4096
+WRITTEN_BOUND_S = 30.0
+POLL_S = 0.01
 FLIP_AT = 100
 """Byte of each block that is flipped."""
 
@@ -22,6 +25,18 @@ def swap_file(run: Launched, daemon: str) -> str:
     ]
     assert len(found) == 1, open_files(pid)
     return f"/proc/{pid}/fd/{found[0]}"
+
+
+def wait_for_block(path: str, block: int) -> None:
+    """Until the block holds something. Blocks are given out in order, so those before it do, too, or did."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        deadline_s = time.monotonic() + WRITTEN_BOUND_S
+        while os.pread(fd, PAGE, block * PAGE) == bytes(PAGE):
+            assert time.monotonic() < deadline_s, "hardly anything was swapped out"
+            time.sleep(POLL_S)
+    finally:
+        os.close(fd)
 
 
 def flip(path: str, blocks: list[int]) -> None:

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from proto.events import Kind
-from tests.e2e.disk import PAGE, flip, swap_file
+from tests.e2e.disk import PAGE, flip, swap_file, wait_for_block
 from tests.e2e.runs import BM, HOST, Runner, assert_good, of_kind
 
 STAMPS = (
@@ -85,11 +85,12 @@ def test_the_same_outages_under_two_modes(runner: Runner) -> None:
 
 def test_a_disk_that_returns_other_bytes_is_noticed(runner: Runner) -> None:
     """Pages that came back damaged reach no task: those that need them end, and no read ever sees a wrong word."""
-    path = runner.file(STAMPS)
-    run = runner.start("run", str(path), "--json", "--seconds", "4", out=runner.folder / "out")
+    topology = runner.file(STAMPS)
+    run = runner.start("run", str(topology), "--json", "--seconds", "4", out=runner.folder / "out")
     run.wait_for(": running")
-    # Filling memory has put many more pages there.
-    flip(swap_file(run, "swapd-0"), list(range(0, DAMAGED * PAGE, PAGE)))
+    path = swap_file(run, "swapd-0")
+    wait_for_block(path, DAMAGED)
+    flip(path, list(range(0, DAMAGED * PAGE, PAGE)))
     ended = run.end()
     summary = ended.summary
     assert summary["integrity"]["checksum_errors"] > 0
