@@ -22,7 +22,7 @@ from report.check.online import OnlineCheck
 from tests import small_run
 from tests.launcher.drive import run_fake
 
-RING_BYTES: Final = 3 << 20
+RING_BYTES: Final = 3 << 19
 BROKEN: Final = {**ROLES, "host": "tests.launcher.broken_roles:host_main"}
 """Tokens of the host skip numbers."""
 

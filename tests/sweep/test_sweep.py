@@ -24,8 +24,8 @@ from tests.sweep.talk import Saved
 
 NOT_REACHED: Final = {
     r"host\.(faults|faulty_shell) .*|swapd\.faulty .*": "a run with a schedule of faults (tests/host/test_faulty_shell.py, tests/e2e)",
-    r"host\.\w+ \w+\.(_slots_lost|gone)": "a daemon that is gone for good ends this run, which has no replicas (tests/host/test_remote.py)",
-    r"host\.\w+ \w+\._unstick|host\.shortage .*": "swap that is all used up (tests/host/test_shortage.py)",
+    r"host\.\w+ \w+\.(slots_lost|gone)": "a daemon that is gone for good ends this run, which has no replicas (tests/host/test_remote.py)",
+    r"host\.\w+ \w+\.unstick|host\.shortage .*": "swap that is all used up (tests/host/test_shortage.py)",
     r"host\.copies Copies\.blocks_used": "simulated worlds, which look at it",
     r"host\.logged Replaying.*": "`replay` and its tests, no part of a run",
     r"host\.warm .*|swapd\.\w+ warm": "in the zygote, before anything is there that could suffer",
