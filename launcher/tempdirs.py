@@ -5,10 +5,9 @@ Purpose: `make` a folder that is its owner's as long as the process lives, `remo
 A folder holds a lock file, and its owner holds the lock (flock), which the kernel releases whatever happens to the process. The file
 gets its name when it is locked already: whoever finds it unlocked knows that the owner has ended.
 
-Invariants: removed is only a folder of this user that nobody else can write to, with the name that `make` gives and a lock file that
-nobody holds. The lock file goes last, so that a removal that was cut short is taken up by the next start.
-
-Not handled here: folders whose owner was killed before it had locked them; they are empty.
+Invariants: removed is only a folder of this user that nobody else can write to, with the name that `make` gives, and either a lock file
+that nobody holds or nothing in it at all for `EMPTY_S`: then its owner was killed before it had locked it, or after it had emptied it.
+The lock file goes last, so that a removal that was cut short is taken up by the next start.
 """
 
 from __future__ import annotations
@@ -20,11 +19,14 @@ import re
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Collection
 from pathlib import Path
 from typing import Final
 
 LOCK_NAME: Final = ".lock"
+EMPTY_S: Final = 3600.0
+"""Age of an empty folder that nobody is about to lock any more: between making and locking it there are three system calls."""
 _RANDOM: Final = "[a-z0-9_]{8}"
 """As tempfile.mkdtemp makes them."""
 
@@ -89,7 +91,9 @@ def _remove_if_left(path: Path) -> bool:
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
             return False
         fd = os.open(path / LOCK_NAME, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:  # no lock file: nothing that `make` has finished
+    except FileNotFoundError:  # nothing that `make` has finished
+        return _remove_if_empty(path)
+    except OSError:
         return False
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -101,6 +105,14 @@ def _remove_if_left(path: Path) -> bool:
     finally:
         os.close(fd)
     return True
+
+
+def _remove_if_empty(path: Path) -> bool:
+    with contextlib.suppress(OSError):  # gone already, or something is in it
+        if time.time() - path.lstat().st_mtime > EMPTY_S:
+            path.rmdir()
+            return True
+    return False
 
 
 def _remove(folder: Path) -> None:

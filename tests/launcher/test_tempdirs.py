@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -126,3 +127,19 @@ def test_links_inside_are_not_followed(tmp_path: Path) -> None:
     (path / "link").symlink_to(kept)
     assert tempdirs.sweep("t-", [tmp_path]) == [path]
     assert (kept / "file").exists()
+
+
+@pytest.mark.parametrize(
+    ("age_s", "content", "goes"),
+    [(2 * tempdirs.EMPTY_S, "", True), (2 * tempdirs.EMPTY_S, "file", False), (1.0, "", False)],
+)
+def test_a_folder_without_a_lock_goes_only_when_it_is_old_and_empty(
+    age_s: float, content: str, goes: bool, tmp_path: Path
+) -> None:
+    folder = tmp_path / "t-abcdefgh"
+    folder.mkdir(mode=0o700)
+    if content:
+        (folder / content).touch()
+    os.utime(folder, (time.time() - age_s,) * 2)
+    assert tempdirs.sweep("t-", [tmp_path]) == ([folder] if goes else [])
+    assert folder.exists() != goes
