@@ -122,6 +122,10 @@ class DaemonLinks:
         """Whether the launcher starts that daemon; one elsewhere does not come by itself."""
         return number < len(self.daemons) and not self._shell.topology.swapd[number].connect
 
+    def all_met(self) -> bool:
+        """Whether each daemon elsewhere was there once. Those of ours come for sure, or the launcher says why not."""
+        return all(daemon.epoch >= 0 or self.is_ours(number) for number, daemon in enumerate(self.daemons))
+
     def hello(self, number: int, epoch: int, identity: bytes) -> None:
         """A daemon of ours has started. WireError for an epoch that cannot be."""
         daemon = self.daemons[number]

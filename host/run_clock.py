@@ -73,6 +73,8 @@ class RunClock:
         self.stopped = False
         self.finished = False
         """The launcher was told how the run ended."""
+        self.may_begin: Callable[[], bool] = lambda: True
+        """Whether the measured time may begin, as far as others than the guests are concerned."""
         self.on_start: list[Callable[[int], None]] = []
         """Called with ``start_ns`` when the measured time runs, before the launcher hears of it."""
         self.on_stop: list[Callable[[], None]] = []
@@ -112,13 +114,22 @@ class RunClock:
 
     # -- barrier -------------------------------------------------------------------------------------------
     def _barrier(self, effect: ev.AtBarrier) -> None:
-        """All tasks of all VMs are at the barrier: open it, start the clock."""
-        at, segments = self._at_barrier, self._shell.ctx.segments
+        """Tasks of a VM are at the barrier."""
+        at = self._at_barrier
         at[effect.vm] = max(at.get(effect.vm, 0), effect.tasks)
-        expected = [
-            int(segments[f"kernel-{v}"].u64[K_TASKS]) for v in range(len(self._shell.ctx.topology.vm))
-        ]
-        if self.started or any(at.get(v, 0) < n for v, n in enumerate(expected)):
+        self.open_when_due()
+
+    def open_when_due(self) -> None:
+        """Open the barrier and start the clock if all tasks of all VMs are there and `may_begin` says so.
+
+        To be called whenever one of these may have become true.
+        """
+        at, segments = self._at_barrier, self._shell.ctx.segments
+        vms = range(len(self._shell.ctx.topology.vm))
+        # A VM that has not spoken yet may not have its tasks yet.
+        if self.started or any(v not in at or at[v] < segments[f"kernel-{v}"].u64[K_TASKS] for v in vms):
+            return
+        if not self.may_begin():
             return
         self.open(time.monotonic_ns())
         self._poke_all()

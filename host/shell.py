@@ -76,7 +76,7 @@ class HostShell:
         self.obs = ShellObserver(host_block(ctx.segments["stats"].u64), self.writer)
         self.routed: deque[tuple[Any, Any]] = deque()
         self.leaving = False
-        self.launcher: bytes | None = None
+        self.launcher = link.launcher_identity(ctx.key)
         self.cpu_identity = [link.vcpu_identity(cpu, ctx.key) for cpu in range(self.topology.total_vcpus)]
         self.peers = Peers(ctx.key)
         self.outbox = Outbox(self.send)
@@ -88,6 +88,9 @@ class HostShell:
         self.timers = Timers(len(self.vcpus))
         self.links = self._links()
         self.clock.on_start.append(self.links.start_models)
+        # A run that needs no page from a daemon that nobody has ever reached would end as if all were well.
+        self.clock.may_begin = self.links.all_met
+        self.links.on_up.append(self.clock.open_when_due)
         self.images = Images(self)
         self._opened.callback(self.images.close)
         self._sockets()
@@ -290,7 +293,6 @@ class HostShell:
     def _hello(self, peer: Peer, identity: bytes, message: wire.Hello, _: Sequence[bytes]) -> None:
         kind, number, epoch = peer
         if kind == "L":
-            self.launcher = identity
             self.outbox.put(identity, wire.HostReady(os.getpid()))
             self.images.begin()
         elif kind == "V" and message.role == wire.Role.VCPU and number < len(self.vcpus):
@@ -332,9 +334,8 @@ class HostShell:
         return self.sockets.send(identity, message, pages)
 
     def to_launcher(self, message: Message) -> None:
-        """As soon as it can take it; before it has said HELLO nobody is told."""
-        if self.launcher is not None:
-            self.outbox.put(self.launcher, message)
+        """As soon as it can take it. A run may fail before the launcher has connected: it is told then."""
+        self.outbox.put(self.launcher, message)
 
     def to_vcpu(self, cpu: int, message: wire.Entry | wire.Save | wire.Registers) -> None:
         """As the next event of this process."""

@@ -15,6 +15,7 @@ from host import events as ev
 from host.remote import SILENCE_NS
 from host.shell import HostShell
 from proto import link, segments, wire
+from proto.layout import K_TASKS
 from proto.lives import DaemonState, PageState
 from proto.run import ELSEWHERE, RunContext, SwapFileInfo
 from proto.stats import HostCounter
@@ -270,6 +271,16 @@ def test_too_few_slots_end_the_run(world: World) -> None:
     world.until(lambda: bool(world.shell.told))
     assert "has 63 slots, 64 are needed" in world.shell.told[0].reason
     assert world.shell.swap.daemons[0].state is not DaemonState.UP
+
+
+def test_no_run_begins_before_its_daemon_was_reached(world: World) -> None:
+    shell = world.shell
+    shell.ctx.segments["kernel-0"].u64[K_TASKS] = 1
+    shell._effects[ev.AtBarrier](ev.AtBarrier(0, 1))
+    assert not shell.clock.measures
+    world.say(wire.Offer(FIRST, 7, SLOTS, 1))
+    world.says(wire.Welcome)
+    assert shell.clock.measures
 
 
 def test_before_an_offer_nothing_counts(world: World) -> None:

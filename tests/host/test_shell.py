@@ -27,9 +27,13 @@ class Shell(HostShell):
 
     def __init__(self, ctx: RunContext) -> None:
         self.sent: list[tuple[bytes, Any, int]] = []
+        self.absent: set[bytes] = set()
+        """Peers that have not connected."""
         super().__init__(ctx)
 
     def send(self, identity: bytes, message: Any, pages: Any = ()) -> bool:
+        if identity in self.absent:
+            return False
         self.sent.append((identity, message, len(pages)))
         return True
 
@@ -173,6 +177,19 @@ def test_a_run_ends_once(shell: Shell) -> None:
     perform(shell, ev.PoweredDown(0), ev.OutOfMemory(3))
     assert len(shell.answers(wire.Finished)) == 1
     assert shell.answers(wire.Failed) == []
+
+
+def test_an_end_that_comes_before_the_launcher_is_told_when_it_has_come(shell: Shell) -> None:
+    """A daemon elsewhere may refuse the run's key before the launcher has connected."""
+    launcher = link.launcher_identity()
+    shell.absent = {launcher}
+    shell.to_launcher(wire.Failed("it refuses this host's key"))
+    assert shell.sent == []
+    shell.absent = set()
+    shell.say(launcher, wire.Hello(wire.Role.LAUNCHER, 0, 0, 1))
+    shell.outbox.retry()
+    (failed,) = shell.answers(wire.Failed)
+    assert failed.reason == "it refuses this host's key"
 
 
 def test_out_of_memory_is_the_end_whatever_comes_after_it(shell: Shell) -> None:
