@@ -7,27 +7,9 @@ import json
 import pytest
 
 from proto.events import Kind
-from tests.e2e.disk import PAGE, flip, swap_file, wait_for_block
-from tests.e2e.runs import BM, HOST, Runner, assert_good, of_kind
+from tests.e2e.disk import STAMPS, damage, swap_file
+from tests.e2e.runs import BM, Runner, assert_good, of_kind
 
-STAMPS = (
-    HOST
-    + """
-[[swapd]]
-size_mib = 48
-
-[[vm]]
-vcpus = 2
-memory_mib = 32
-rate_ops_per_s = 20_000
-
-[[vm.task]]
-workload = "stamp"
-count = 4
-memory_kib = 4096
-"""
-)
-"""Half of the pages are on swap when the time begins, and each holds something."""
 DAMAGED = 600
 """Blocks."""
 
@@ -88,9 +70,7 @@ def test_a_disk_that_returns_other_bytes_is_noticed(runner: Runner) -> None:
     topology = runner.file(STAMPS)
     run = runner.start("run", str(topology), "--json", "--seconds", "4", out=runner.folder / "out")
     run.wait_for(": running")
-    path = swap_file(run, "swapd-0")
-    wait_for_block(path, DAMAGED)
-    flip(path, list(range(0, DAMAGED * PAGE, PAGE)))
+    damage(swap_file(run, "swapd-0"), DAMAGED)
     ended = run.end()
     summary = ended.summary
     assert summary["integrity"]["checksum_errors"] > 0

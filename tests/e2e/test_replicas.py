@@ -7,7 +7,7 @@ import signal
 from typing import Any
 
 from proto.events import Kind
-from tests.e2e.disk import PAGE, flip, swap_file
+from tests.e2e.disk import STAMPS, damage, swap_file
 from tests.e2e.runs import BM, Ended, Runner, assert_good, of_kind
 
 SLOTS_PER_DAEMON = 1 << 28
@@ -60,11 +60,16 @@ def test_without_replicas_its_pages_end_the_run(runner: Runner) -> None:
 
 def test_a_disk_that_lies_costs_no_task(runner: Runner) -> None:
     run = runner.start(
-        "run", str(runner.file(TWO)), "--json", "--seconds", "4", *SLOW, *REPLICAS, out=runner.folder / "out"
+        "run",
+        str(runner.file(STAMPS + "\n[[swapd]]\n")),
+        "--json",
+        "--seconds",
+        "4",
+        *REPLICAS,
+        out=runner.folder / "out",
     )
     run.wait_for(": running")
-    # Filling memory has put more than twice as many pages on each daemon.
-    flip(swap_file(run, "swapd-0"), list(range(0, DAMAGED * PAGE, PAGE)))
+    damage(swap_file(run, "swapd-0"), DAMAGED)
     summary: dict[str, Any] = assert_good(run.end())
     assert summary["integrity"]["checksum_errors"] > 0
     assert summary["totals"]["quarantined"] > 0
