@@ -28,6 +28,7 @@ from launcher.commands import find_topology
 from launcher.sim_verdict import SimOutcome, run_plan
 from proto.errors import UserError
 from proto.events import EVENT
+from proto.topology import Topology
 from proto.topology import load as load_topology
 from proto.trace import event_dicts
 from sim import plan as plans
@@ -125,8 +126,18 @@ def _plans(args: argparse.Namespace) -> Iterator[SimPlan]:
         topology = load_topology(
             find_topology(args.topology), (), mode=None, profile=args.profile, seconds=args.seconds, seed=None
         )
+        _say_what_is_left_out(topology)
     for seed in _seeds(args):
         yield draw(seed, args.profile, faults) if topology is None else plan_of(topology, seed, faults)
+
+
+def _say_what_is_left_out(topology: Topology) -> None:
+    tables = (("fault", topology.fault), ("event", topology.event))
+    if left := [f"{len(found)} [[{name}]]" for name, found in tables if found]:
+        sys.stderr.write(
+            f"{topology.file}: {' and '.join(left)} tables are for real processes and left out here;"
+            " each seed draws what goes wrong (--faults)\n"
+        )
 
 
 def _seeds(args: argparse.Namespace) -> Iterable[int]:

@@ -68,7 +68,26 @@ def test_minutes_run_seed_after_seed(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_the_machine_of_a_topology(capsys: pytest.CaptureFixture[str]) -> None:
     assert sim("--topology", "quickstart", "--seconds", "0.01", "--faults", "none") == 0
-    assert "vcpus=4 tasks=2" in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert "vcpus=4 tasks=2" in captured.out
+    assert "left out" not in captured.err
+
+
+def test_what_a_topology_schedules_is_left_out_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "small.toml"
+    file.write_text(
+        "[run]\nseconds = 0.01\n[host]\nallowance_mib = 4\n"
+        '[[fault]]\ndo = "kill"\nafter = 0.005\n'
+        '[[event]]\ndo = "offline"\nat = 0.005\nvcpu = 1\n'
+        "[[vm]]\nvcpus = 2\nmemory_mib = 8\n[[vm.task]]\nmemory_kib = 1024\n"
+    )
+    assert sim("--topology", str(file), "--faults", "none") == 0
+    said = capsys.readouterr().err
+    assert said.startswith(
+        f"{file}: 1 [[fault]] and 1 [[event]] tables are for real processes and left out here"
+    )
 
 
 @pytest.mark.parametrize(
