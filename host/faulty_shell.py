@@ -31,7 +31,7 @@ class Shell(daemon_links.Shell, Protocol):
 
     faults: HostFaults
 
-    def refuse(self, identity: bytes, error: WireError) -> None:
+    def refuse(self, peer: Peer | None, identity: bytes, error: WireError) -> None:
         """Count what a peer must not say, and tell it."""
 
 
@@ -67,7 +67,7 @@ class FaultyLinks(DaemonLinks):
         try:
             super()._answered(identity, number, epoch, message, extra)
         except WireError as error:
-            self._faulty.refuse(identity, error)
+            self._faulty.refuse(("S", number, epoch), identity, error)
 
 
 class FaultyShell(HostShell):

@@ -89,6 +89,8 @@ class RemoteDaemon:
         self.spec = spec
         self.slots = slots
         self.name = b"R%d" % number
+        self.peer: Peer = ("S", number, 0)
+        """Without its epoch: for those who only want to know who it is."""
         self.endpoint: Endpoint = endpoint
         # Not the run's: another process, with another swap map, must never pass for this one.
         self.session = int.from_bytes(os.urandom(8), "big") or 1
@@ -231,7 +233,7 @@ class RemoteDaemons:
             message = wire.decode(parts[0])
             self._handlers.get(type(message), self._not_expected)(daemon, message, parts[1:])
         except WireError as error:
-            self._shell.obs.count(HostCounter.BAD_MESSAGES)
+            self._shell.obs.bad_message(daemon.peer, error.code, error.kind)
             daemon.send(wire.NackMsg(error.code, error.kind, error.text), ())
 
     @staticmethod
@@ -256,7 +258,7 @@ class RemoteDaemons:
         elif message.code == Nack.STALE_EPOCH:
             daemon.attach()  # an incarnation that has not seen this host yet
         else:
-            self._shell.obs.count(HostCounter.BAD_MESSAGES)
+            self._shell.obs.bad_message(daemon.peer, message.code, message.kind, ours=True)
 
     def _offered(self, daemon: RemoteDaemon, offer: wire.Offer, _: Sequence[bytes]) -> None:
         if daemon.base is None:

@@ -9,6 +9,7 @@ from typing import Final, NamedTuple
 
 from host.memory import HostMemory, U64Array, VmMemory, VmPort
 from host.observe import Observer
+from host.peers import Peer
 from host.schedule import Guest
 from host.slots import Memslot, Region
 from host.swap import SwapMachine
@@ -22,22 +23,40 @@ from proto.stats import HostCounter, HostHist, StatsBlock
 from proto.topology import PAGES_PER_MIB, Topology
 from proto.trace import Kind, TraceWriter
 from proto.units import PAGE_SIZE, WORDS_PER_PAGE
+from proto.wire import Role
 
 AREAS_PER_PAGE: Final = PAGE_SIZE // AREA_BYTES
 PAGES_PER_INSTRUCTION: Final = 8
 """The page, four guest tables, the shared area, a table and a page that are to be linked in."""
 
 
+BAD_TRACED_MAX: Final = 1000
+ROLES: Final = {"L": Role.LAUNCHER, "V": Role.VCPU, "S": Role.SWAPD}
+"""By the letter of a peer's name."""
+
+
 class ShellObserver:
     """Counters in the stats segment, events in the trace file."""
 
-    __slots__ = ("ready", "stats", "writer")
+    __slots__ = ("_bad_traced", "ready", "stats", "writer")
 
     def __init__(self, stats: StatsBlock, writer: TraceWriter) -> None:
         self.stats = stats
         self.writer = writer
         self.ready: list[tuple[int, int]] | None = None
         """(vm, vcpu_id) of "page ready"s that were handed over since the shell looked; None: nobody looks."""
+        self._bad_traced = 0
+
+    def bad_message(self, peer: Peer | None, code: int, kind: int, *, ours: bool = False) -> None:
+        """A message with number ``kind`` was dropped for ``code`` (`Nack`): the ``peer``'s, or one of `ours` by it.
+
+        Always counted. The first `BAD_TRACED_MAX` are events: a peer that floods the host must not fill its trace, too.
+        """
+        self.count(HostCounter.BAD_MESSAGES)
+        if self._bad_traced < BAD_TRACED_MAX:
+            self._bad_traced += 1
+            role, number = (ROLES[peer[0]], peer[1]) if peer is not None else (0, 0)
+            self.trace(Kind.NACKED if ours else Kind.BAD_MESSAGE, token=kind, a=role, b=number, c=code)
 
     def count(self, counter: HostCounter, n: int = 1) -> None:
         """See host.observe.Observer."""

@@ -169,8 +169,8 @@ class HostShell:
         if self.sockets.wait(self._timeout_ms(time.monotonic_ns())):
             self._drain()
             self.remote.drain()
-            if refused := self.sockets.turn_away():
-                self.obs.count(HostCounter.BAD_MESSAGES, refused)
+            for _ in range(self.sockets.turn_away()):
+                self.obs.bad_message(None, Nack.STRANGER, 0)
         now = time.monotonic_ns()
         if self.outbox:
             self.outbox.retry()
@@ -271,20 +271,26 @@ class HostShell:
         identity = parts[0]
         peer = self.peers.of(identity)
         if peer is None or len(parts) < 2:
-            self.refuse(identity, WireError(Nack.STRANGER, "not a peer of this run"))
+            self.refuse(peer, identity, WireError(Nack.STRANGER, "not a peer of this run"))
             return
         try:
-            self.dispatch(peer, identity, wire.decode(parts[1]), parts[2:])
+            message = wire.decode(parts[1])
         except WireError as error:
-            self.refuse(identity, error)
+            self.refuse(peer, identity, error)
+            return
+        try:
+            self.dispatch(peer, identity, message, parts[2:])
+        except WireError as error:
+            error.kind = error.kind or wire.kind_of(message)
+            self.refuse(peer, identity, error)
 
     def dispatch(self, peer: Peer, identity: bytes, message: Message, extra: Sequence[bytes]) -> None:
         """Handle a message of a peer. WireError for what the peer may not say."""
         self._messages.get(type(message), self._not_expected)(peer, identity, message, extra)
 
-    def refuse(self, identity: bytes, error: WireError) -> None:
+    def refuse(self, peer: Peer | None, identity: bytes, error: WireError) -> None:
         """Count what a peer must not say, and tell it."""
-        self.obs.count(HostCounter.BAD_MESSAGES)
+        self.obs.bad_message(peer, error.code, error.kind)
         self.send(identity, wire.NackMsg(error.code, error.kind, error.text))
 
     def _not_expected(self, peer: Peer, identity: bytes, message: Message, extra: Sequence[bytes]) -> None:
@@ -317,7 +323,7 @@ class HostShell:
 
     def _nacked(self, peer: Peer, identity: bytes, message: wire.NackMsg, _: Sequence[bytes]) -> None:
         """A peer dropped something of ours: counted; what it was about is re-sent or timed out by its own rules."""
-        self.obs.count(HostCounter.BAD_MESSAGES)
+        self.obs.bad_message(peer, message.code, message.kind, ours=True)
 
     def _bye(self, peer: Peer, identity: bytes, message: wire.Bye, _: Sequence[bytes]) -> None:
         only_launcher(peer)

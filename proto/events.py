@@ -153,6 +153,11 @@ class Kind(IntEnum):
     STOP = 132
     PROCESS_START = 133
     PROCESS_END = 134
+    BAD_MESSAGE = 135
+    """The host dropped a message. role: `proto.wire.Role` of the peer, 0 a stranger; code: `proto.wire.Nack`; token: `proto.wire.Kind`
+    of the message, 0 unknown."""
+    NACKED = 136
+    """A peer dropped a message of the host's, or had to wait: as BAD_MESSAGE, with what the peer said of it."""
     FAULT = 150
     """A fault of the schedule happens. fault: its number; kind, target: `proto.faults.KINDS`, `target_code`; token: for which time;
     cause: the request that it happens to, 0 none."""
@@ -241,6 +246,8 @@ FIELDS: Final[dict[Kind, tuple[str, ...]]] = {
     Kind.STOP: ("why",),
     Kind.PROCESS_START: ("pid",),
     Kind.PROCESS_END: ("code",),
+    Kind.BAD_MESSAGE: ("role", "number", "code"),
+    Kind.NACKED: ("role", "number", "code"),
     Kind.FAULT: ("fault", "kind", "target"),
     Kind.HELD: ("held_ns",),
 }

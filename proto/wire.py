@@ -426,6 +426,13 @@ SPECS: Final[dict[Kind, Spec]] = {
 """The contract. B, H, I, Q = unsigned 8, 16, 32, 64 bits."""
 
 _KIND_OF: Final = {spec.cls: kind for kind, spec in SPECS.items()}
+
+
+def kind_of(message: Message) -> Kind:
+    """The kind number of a message."""
+    return _KIND_OF[type(message)]
+
+
 _CHECKS: Final = {
     int(kind): (
         spec.cls,

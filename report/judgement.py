@@ -64,7 +64,10 @@ def warnings(topology: Topology, summary: Mapping[str, Any]) -> list[str]:
         found.append(f"not comparable with other modes: {reason}")
     totals = summary["totals"]
     if totals["bad_messages"]:
-        found.append(f"the host dropped {totals['bad_messages']} messages that break the contract")
+        found.append(
+            f"{totals['bad_messages']} messages to or from the host were dropped, because they break the contract"
+            " (events BAD_MESSAGE and NACKED)"
+        )
     if summary["integrity"]["checksum_errors"]:
         found.append(f"{summary['integrity']['checksum_errors']} pages came back with a wrong checksum")
     events = summary["events"]

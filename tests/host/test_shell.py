@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from host import events as ev
+from host.setup import BAD_TRACED_MAX
 from host.shell import HostShell
 from proto import link, segments, wire
 from proto.layout import CTL_BARRIER, CTL_START_NS, CTL_STOP, K_TASKS
@@ -17,6 +18,7 @@ from proto.lives import DaemonState
 from proto.run import RunContext, SwapFileInfo
 from proto.stats import HostCounter
 from proto.topology import Host, Run, Topology, Vm
+from proto.trace import Events, Kind, read_file
 from proto.wire import Nack, WireError
 
 VCPU, DAEMON, LAUNCHER = ("V", 0, 0), ("S", 0, 0), ("L", 0, 0)
@@ -220,6 +222,37 @@ def test_who_may_not_say_what(shell: Shell, identity: bytes, message: Any, code:
     shell.say(identity, message)
     assert shell.answers(wire.NackMsg)[-1].code == code
     assert shell.obs.stats.get(HostCounter.BAD_MESSAGES) == before + 1
+    role = {b"L": wire.Role.LAUNCHER, b"V": wire.Role.VCPU, b"S": wire.Role.SWAPD}.get(identity[:1], 0)
+    (dropped,) = traced(shell, Kind.BAD_MESSAGE)
+    assert dropped[["a", "c"]].tolist() == (role, code)
+    assert dropped["token"] == (wire.kind_of(message) if role else 0), (
+        "what a stranger says is not even decoded"
+    )
+
+
+def traced(shell: Shell, kind: Kind) -> Events:
+    """Events of a kind so far."""
+    shell.writer.tick()
+    (file,) = (shell.ctx.run_dir / "events").iterdir()
+    events = read_file(file).events
+    found: Events = events[events["kind"] == kind]
+    return found
+
+
+def test_a_flood_of_bad_messages_is_counted_and_does_not_fill_the_trace(shell: Shell) -> None:
+    for _ in range(BAD_TRACED_MAX + 10):
+        shell.say(b"nobody", wire.Ping(0, 0))
+    assert shell.obs.stats.get(HostCounter.BAD_MESSAGES) == BAD_TRACED_MAX + 10
+    assert len(traced(shell, Kind.BAD_MESSAGE)) == BAD_TRACED_MAX
+    shell.say(link.vcpu_identity(0), wire.NackMsg(Nack.FIELD, wire.Kind.ENTRY, "no"))
+    assert shell.obs.stats.get(HostCounter.BAD_MESSAGES) == BAD_TRACED_MAX + 11
+
+
+def test_what_a_peer_drops_is_an_event(shell: Shell) -> None:
+    shell.say(daemon(0), hello(0))
+    shell.say(daemon(0), wire.NackMsg(Nack.STALE_EPOCH, wire.Kind.IO, "old"))
+    (dropped,) = traced(shell, Kind.NACKED)
+    assert dropped[["a", "b", "c", "token"]].tolist() == (wire.Role.SWAPD, 0, Nack.STALE_EPOCH, wire.Kind.IO)
 
 
 def test_an_exit_of_a_vcpu_that_was_not_entered_is_refused(shell: Shell) -> None:
