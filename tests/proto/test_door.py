@@ -176,13 +176,19 @@ import socket, struct, sys, time
 host, port, mechanism, password = sys.argv[1:]
 peer = socket.create_connection((host, int(port)))
 peer.sendall(b"\\xff" + bytes(8) + b"\\x7f\\x03\\x00" + mechanism.encode().ljust(20, b"\\0") + bytes(32))
-peer.recv(64)
+def take(count):
+    data = peer.recv(count, socket.MSG_WAITALL)
+    if len(data) < count:
+        raise OSError("turned away")
+    return data
 def command(name, body):
     data = bytes([len(name)]) + name + body
     peer.sendall(b"\\x04" + bytes([len(data)]) + data)
+    take(take(2)[1])  # the answer: what is said before it has come breaks the handshake
 def name_and_value(name, value):
     return bytes([len(name)]) + name + struct.pack(">I", len(value)) + value
 try:
+    take(64)
     if mechanism == "PLAIN":
         command(b"HELLO", bytes([7]) + b"asyncpf" + bytes([len(password)]) + password.encode())
     about = name_and_value(b"Socket-Type", b"DEALER") + name_and_value(b"Identity", b"me")
@@ -246,3 +252,13 @@ def test_a_stranger_cannot_fill_the_memory_with_one_message(context: curve.Conte
 
 def test_without_a_door_he_could(context: curve.Context) -> None:
     assert grown_by(context.socket(zmq.ROUTER), None) > 100 * MIB
+
+
+def test_who_knows_the_password_could(context: curve.Context) -> None:
+    """The stranger above does speak PLAIN: it is the password that it lacks."""
+    password = link.tcp_password(b"secret")
+    door = Door(context, password=password)
+    listener = context.socket(zmq.ROUTER)
+    guard_with_password(listener)
+    assert grown_by(listener, door, "PLAIN", password.decode()) > 100 * MIB
+    door.close()
