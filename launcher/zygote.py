@@ -202,7 +202,10 @@ class _Zygote:
         return config, fds
 
     def _receive_fds(self) -> tuple[list[Any], list[int]]:
-        packet, fds, _, _ = socket.recv_fds(self._link, PACKET_BYTES_MAX, FDS_PER_PACKET)
+        try:
+            packet, fds, _, _ = socket.recv_fds(self._link, PACKET_BYTES_MAX, FDS_PER_PACKET)
+        except ConnectionResetError:
+            self._orphaned()
         if not packet:
             self._orphaned()
         return msgpack.unpackb(packet), fds
@@ -223,7 +226,11 @@ class _Zygote:
 
     def _obey(self) -> bool:
         """One command; False after END."""
-        packet = self._link.recv(PACKET_BYTES_MAX)
+        try:
+            packet = self._link.recv(PACKET_BYTES_MAX)
+        except ConnectionResetError:
+            # The launcher's end was closed before it had read all that was for it: it died.
+            self._orphaned()
         if not packet:
             self._orphaned()
         kind, *rest = msgpack.unpackb(packet)

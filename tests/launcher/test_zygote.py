@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from launcher.zygote import make_context, restrict
+from launcher.zygote import EXIT_ORPHANED, make_context, restrict
 from launcher.zygote_link import (
     APP_DIR,
     EXIT_BUG,
@@ -184,6 +184,14 @@ def test_a_zygote_removes_what_it_was_told_to_when_its_launcher_is_not_there(tmp
     assert not folder.exists()
     assert not file.exists()
     assert other.is_dir(), "what a link points to is not ours"
+
+
+def test_a_launcher_that_had_not_read_everything_is_gone_all_the_same(tmp_path: Path) -> None:
+    """Its end of the link is reset then, not closed."""
+    made = _Ready(tmp_path)
+    assert made.zygote.wait_report(WAIT_S)
+    made.zygote.close()
+    assert made.zygote.wait(WAIT_S) == EXIT_ORPHANED, (tmp_path / "logs" / "zygote-0.log").read_text()
 
 
 def test_started_by_hand_it_says_how_it_is_started() -> None:
