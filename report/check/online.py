@@ -114,12 +114,16 @@ class OnlineCheck:
 
     def _open_new(self) -> None:
         """Look for new files; of a daemon that has a successor nothing more will come."""
-        for path in sorted(self._folder.glob(f"*{SUFFIX}")):
+        for path in self._in_folder():
             if path.stem not in self._seen and path.stat().st_size >= HEADER_BYTES:
                 self._seen.add(path.stem)
                 self._missing.discard(path.stem)
                 self._files[path.stem] = _File(LiveFile(path))
                 self._retire(path.stem)
+
+    def _in_folder(self) -> list[Path]:
+        """Event files, those of a daemon in the order of its epochs."""
+        return sorted(self._folder.glob(f"*{SUFFIX}"), key=lambda path: (len(path.stem), path.stem))
 
     def _retire(self, name: str) -> None:
         """Close the files of earlier daemons of that number, whose last events are of no use to anybody."""
@@ -136,8 +140,9 @@ class OnlineCheck:
         for one, left, most in self._shares():
             taken = self._take(one, limit, most)
             # What came after the limit was read lies above it: only what was there before counts.
-            if one.live.last < limit and (left > taken or (one.live.damaged and one.orders)):
-                # More of it may be below the limit: the next turn goes on here, or nobody ever will.
+            # More of it may be below the limit: the next turn goes on here. Of a damaged one nothing more comes, and whoever it
+            # orders cannot be judged beyond it.
+            if one.live.last < limit and (one.orders if one.live.damaged else left > taken):
                 limit = one.live.last
                 self.more = not one.live.damaged
         if limit <= self.checked_upto or self._cut:
@@ -217,7 +222,7 @@ class OnlineCheck:
         self._files.clear()
 
     def _files_at_the_end(self) -> None:
-        for path in sorted(self._folder.glob(f"*{SUFFIX}")):
+        for path in self._in_folder():
             if path.stem in self._seen:
                 continue
             self._seen.add(path.stem)

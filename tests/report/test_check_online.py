@@ -209,6 +209,22 @@ def test_a_killed_or_damaged_process_cuts_the_check(tmp_path: Path, damage: bool
     run.check.close()
 
 
+def test_a_damaged_file_of_a_daemon_is_noted_and_all_others_are_checked_to_their_end(tmp_path: Path) -> None:
+    story = on_two_vcpus(20)
+    run = Run(tmp_path, story)
+    for _ in range(40):
+        run.writers[2000].event(Kind.SWAP_IN)
+    with (tmp_path / "swapd-0-0.bin").open("r+b") as file:
+        file.seek(HEADER_BYTES + 64 * 3)
+        file.write(bytes(64))
+    verdict = run.end()
+    assert verdict.ok
+    assert verdict.liveness
+    assert verdict.events == len(story.rows) + 3
+    assert any("swapd-0-0.bin: damaged" in note for note in verdict.notes)
+    run.check.close()
+
+
 def test_a_run_that_did_not_finish_is_held_to_safety(tmp_path: Path) -> None:
     story = Story()
     story.boot()
@@ -235,6 +251,14 @@ def test_files_of_daemons_that_were_replaced_are_let_go(tmp_path: Path) -> None:
             run.check.turn()
         assert [name for name in run.check._files if name.startswith("swapd")] == ["swapd-0-39"]
         assert run.end().ok
+
+
+def test_epochs_of_a_daemon_that_are_seen_at_once_are_taken_as_numbers(tmp_path: Path) -> None:
+    with running(tmp_path, on_two_vcpus(3)) as run:
+        for epoch in (9, 10):
+            TraceWriter(tmp_path / f"swapd-0-{epoch}.bin", 2000, 6400).close()
+        run.check.turn()
+        assert [name for name in run.check._files if name.startswith("swapd")] == ["swapd-0-10"]
 
 
 def test_a_turn_does_a_bounded_amount_of_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
