@@ -6,7 +6,8 @@ A folder holds a lock file, and its owner holds the lock (flock), which the kern
 gets its name when it is locked already: whoever finds it unlocked knows that the owner has ended.
 
 Invariants: removed is only a folder of this user that nobody else can write to, with the name that `make` gives, and either a lock file
-that nobody holds or nothing in it at all for `EMPTY_S`: then its owner was killed before it had locked it, or after it had emptied it.
+that nobody holds or nothing in it (but a lock file without its name) for `EMPTY_S`: then its owner was killed before it had locked it,
+or after it had emptied it.
 The lock file goes last, so that a removal that was cut short is taken up by the next start.
 """
 
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Final
 
 LOCK_NAME: Final = ".lock"
+UNLOCKED_NAME: Final = ".lock.new"
 EMPTY_S: Final = 3600.0
 """Age of an empty folder that nobody is about to lock any more: between making and locking it there are three system calls."""
 _RANDOM: Final = "[a-z0-9_]{8}"
@@ -62,7 +64,7 @@ class TemporaryFolder:
 def make(prefix: str, parent: Path) -> TemporaryFolder:
     """A new folder in ``parent``: the prefix and eight random characters. OSError when it cannot be made."""
     path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent)).resolve()
-    unlocked = path / f"{LOCK_NAME}.new"
+    unlocked = path / UNLOCKED_NAME
     fd = os.open(unlocked, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -110,6 +112,8 @@ def _remove_if_left(path: Path) -> bool:
 def _remove_if_empty(path: Path) -> bool:
     with contextlib.suppress(OSError):  # gone already, or something is in it
         if time.time() - path.lstat().st_mtime > EMPTY_S:
+            if [entry.name for entry in path.iterdir()] == [UNLOCKED_NAME]:
+                (path / UNLOCKED_NAME).unlink()
             path.rmdir()
             return True
     return False

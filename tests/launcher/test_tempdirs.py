@@ -131,7 +131,13 @@ def test_links_inside_are_not_followed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("age_s", "content", "goes"),
-    [(2 * tempdirs.EMPTY_S, "", True), (2 * tempdirs.EMPTY_S, "file", False), (1.0, "", False)],
+    [
+        (2 * tempdirs.EMPTY_S, "", True),
+        (2 * tempdirs.EMPTY_S, tempdirs.UNLOCKED_NAME, True),
+        (2 * tempdirs.EMPTY_S, "file", False),
+        (1.0, "", False),
+        (1.0, tempdirs.UNLOCKED_NAME, False),
+    ],
 )
 def test_a_folder_without_a_lock_goes_only_when_it_is_old_and_empty(
     age_s: float, content: str, goes: bool, tmp_path: Path
