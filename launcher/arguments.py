@@ -99,7 +99,6 @@ def stress(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--every",
         type=options.duration_ns,
-        default=options.duration_ns("1s"),
         metavar="TIME",
         dest="every_ns",
         help="with --chaos: time between two kills (default: 1s)",

@@ -118,6 +118,10 @@ class Chaos:
         # Done here, and looked at each time.
         return [self.machine.word(spec, ON)] * (fired > known)
 
+    def ended(self, role: str, number: int) -> None:
+        """A process is gone: its successor stands still for what stops it, and not for what stopped this one."""
+        self._stopped = [one for one in self._stopped if (one.role, one.number) != (role, number)]
+
     def over(self, now_ns: int) -> list[tuple[str, int]]:
         """Stopped processes that go on now."""
         over = [stopped for stopped in self._stopped if stopped.until_ns <= now_ns]

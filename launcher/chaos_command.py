@@ -9,16 +9,15 @@ Not handled here: whether such a fault can happen (proto/topology_faults.py), ca
 from __future__ import annotations
 
 import argparse
-import copy
 import random
 from collections.abc import Mapping
 from typing import Any, Final
 
 from launcher.options import duration_ns
 from proto.errors import UserError
-from proto.faults import KINDS
+from proto.faults import KINDS, LINK_KINDS
 from proto.overrides import parse_value
-from proto.topology import Run, Swapd, Topology
+from proto.topology import Topology
 
 Tables = list[tuple[str, dict[str, Any]]]
 """(option, table)."""
@@ -48,18 +47,9 @@ def tables_of(kill: str | None, every_ns: int | None, faults: list[str], *, by_d
     return tables + [(f"--fault {text!r}", parse(text)) for text in faults]
 
 
-def with_room_for_kills(raw: dict[str, Any], tables: Tables, seconds: float | None) -> dict[str, Any]:
-    """The tables of a topology whose daemons may be restarted as often as the schedule kills one, beside the usual number.
-
-    A daemon with a `restart_limit` of its own keeps it. ``seconds``: of the run, where not the topology says.
-    """
-    seconds = raw.get("run", {}).get("seconds", Run().seconds) if seconds is None else seconds
-    every = [table["every_ms"] for _, table in tables if table["do"] == "kill" and "every_ms" in table]
-    kills = sum(int(seconds * NS / MS / every_ms) + 1 for every_ms in every)
-    changed = copy.deepcopy(raw)
-    for daemon in changed.setdefault("swapd", [{}]):
-        daemon.setdefault("restart_limit", Swapd().restart_limit + kills)
-    return changed
+def for_a_while(raw: dict[str, Any]) -> dict[str, Any]:
+    """The tables of a topology without faults of its own, with `SECONDS` of measured time."""
+    return {**raw, "run": {**raw.get("run", {}), "seconds": SECONDS}}
 
 
 def check_down(away_ns: int, tables: Tables) -> None:
@@ -106,26 +96,31 @@ def _duration(text: str, word: str, value: str) -> float:
 def drawn(topology: Topology, number: int, seed: int) -> Tables:
     """``number`` faults from a seed, every kind once before one comes again. They begin in the first half of the run.
 
-    Nothing in it ends the run: host and vCPUs are stopped for a while and never killed.
+    Nothing in it ends the run: host and vCPUs are stopped for a while and never killed. Of a daemon elsewhere only the link is touched.
     """
     rng = random.Random(f"chaos {seed}")
+    possible = KINDS if any(not daemon.connect for daemon in topology.swapd) else (*LINK_KINDS, "stop")
     kinds: list[str] = []
     tables: Tables = []
     for _ in range(number):
         if not kinds:
-            kinds = list(KINDS)
+            kinds = list(possible)
             rng.shuffle(kinds)
         tables.append((f"--random {number}", dict(_draw(rng, kinds.pop(), topology))))
     return tables
 
 
 def _draw(rng: random.Random, kind: str, topology: Topology) -> Mapping[str, Any]:
-    daemon = f"swapd-{rng.randrange(len(topology.swapd))}"
+    daemons = [f"swapd-{d}" for d, one in enumerate(topology.swapd) if kind in LINK_KINDS or not one.connect]
+    daemon = rng.choice(daemons) if daemons else ""
     half = topology.run.seconds / 2
     table: dict[str, Any] = {"do": kind, "on": daemon, "after": round(rng.uniform(0.02, 1.0) * half, 3)}
     if kind == "stop":
         vcpu = f"vcpu-{rng.randrange(topology.total_vcpus)}"
-        return table | {"on": rng.choice([daemon, vcpu, "host"]), "for_ms": rng.choice([20, 100, 300])}
+        return table | {
+            "on": rng.choice([*filter(None, [daemon]), vcpu, "host"]),
+            "for_ms": rng.choice([20, 100, 300]),
+        }
     if kind in ("slow", "device_gone", "delay", "disconnect"):
         return table | {"for_ms": rng.choice([20, 50, 200])}
     if kind == "kill" or rng.random() < 0.3:

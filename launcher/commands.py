@@ -15,7 +15,6 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -66,15 +65,17 @@ def _moves(args: argparse.Namespace) -> Moves:
 def cmd_stress(args: argparse.Namespace) -> int:
     """Many vCPUs with a checked task on each, and guests that have more memory than the host gives."""
     size = stress.plan(args.vcpus, args.vms, args.overcommit)
-    kills = int((args.seconds or 0) * 1e9) // args.every_ns if args.chaos else 0
+    if args.every_ns is not None and not args.chaos:
+        raise UserError("nothing is killed without --chaos", where="--every", allowed="--chaos --every TIME")
+    every_ns = args.every_ns or stress.EVERY_NS
     topology = load(
         STRESS_TOPOLOGY,
         args.changes,
         profile=args.profile,
         seconds=args.seconds,
         seed=args.seed,
-        reshape=lambda raw: stress.reshape(raw, size, kills),
-        faults=chaos_command.tables_of("swapd", args.every_ns, [], by_default=False) if args.chaos else (),
+        reshape=lambda raw: stress.reshape(raw, size),
+        faults=chaos_command.tables_of("swapd", every_ns, [], by_default=False) if args.chaos else (),
     )
     stress.check_machine(size)
     return _run_and_show(topology, _options(args), args, must_check_reads=True)
@@ -84,6 +85,10 @@ def cmd_chaos(args: argparse.Namespace) -> int:
     """A run with faults: those of the topology, and those of the options; a checked task is added if there is none."""
     if args.modes or args.plot is not None:
         return _chaos_under_modes(args)
+    if args.repeat is not None:
+        raise UserError(
+            "repeats are compared mode by mode", where="--repeat", allowed="with --modes or --plot"
+        )
     topology, options = _chaos(args, None)
     return _run_and_show(topology, options, args, must_check_reads=True)
 
@@ -94,15 +99,17 @@ def _chaos(args: argparse.Namespace, mode: str | None) -> tuple[Topology, RunOpt
         args.kill, args.every_ns, args.faults, by_default=not own and not args.random
     )
     chaos_command.check_down(args.away_ns, tables)
-    seconds = args.seconds
-    if seconds is None and (args.for_ns is not None or not own):
-        seconds = args.for_ns / 1e9 if args.for_ns is not None else chaos_command.SECONDS
+    seconds, reshape = args.seconds, None
+    if seconds is None and args.for_ns is not None:
+        seconds = args.for_ns / 1e9
+    elif not own:
+        # Comes before what the user sets.
+        reshape = chaos_command.for_a_while
     if args.random:
-        plain = _load(args, mode=mode, seconds=seconds)
+        plain = _load(args, mode=mode, seconds=seconds, reshape=reshape)
         tables += chaos_command.drawn(plain, args.random, plain.run.seed)
     if args.for_ns is not None and args.seconds is not None:
         tables = [(option, {**table, **_until(table, args)}) for option, table in tables]
-    reshape = partial(chaos_command.with_room_for_kills, tables=tables, seconds=seconds)
     topology = with_stamp(_load(args, mode=mode, seconds=seconds, faults=tables, reshape=reshape))
     return topology, dataclasses.replace(_options(args), away_ns=args.away_ns)
 
@@ -293,9 +300,10 @@ def _under_modes(
     _title()
     progress = Progress(sys.stderr)
     with Signals() as signals:
-        for repeat, mode in rotation(modes, args.repeat):
+        repeats = args.repeat or 1
+        for repeat, mode in rotation(modes, repeats):
             topology, options = prepare(mode)
-            progress.prefix = f"{topology.run.name} {mode} {repeat + 1}/{args.repeat}"
+            progress.prefix = f"{topology.run.name} {mode} {repeat + 1}/{repeats}"
             out = base / f"{mode}-{repeat + 1}" if base is not None else None
             result = execute(topology, dataclasses.replace(options, out=out), signals, progress)
             compared.runs[mode].append(result.summary)

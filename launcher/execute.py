@@ -206,17 +206,17 @@ class _Run:
                 signals_seen=self._signals_seen,
             )
             self.outcome = supervisor.outcome
-            config = _config(topology, made, run_dir, self.record["run_id"], options)
-            config |= {
-                "events": self.events,
-                "lamport": self.carried.lamport,
-                "image": str(image or ""),
-                "log_inputs": inputlog.folder(number) if options.log_inputs else "",
-                "key": key,
-            }
-            zygote.send_setup(config, _descriptors(made))
             start_ns = self.outcome.start_ns
             try:
+                config = _config(topology, made, run_dir, self.record["run_id"], options)
+                config |= {
+                    "events": self.events,
+                    "lamport": self.carried.lamport,
+                    "image": str(image or ""),
+                    "log_inputs": inputlog.folder(number) if options.log_inputs else "",
+                    "key": key,
+                }
+                zygote.send_setup(config, _descriptors(made))
                 supervisor.run()
             finally:
                 supervisor.tear_down()

@@ -31,6 +31,8 @@ STABLE_NS: Final = 200 * MS
 """A daemon that lived this long had a start that worked."""
 SAVED: Final = "saved"
 """How a set of processes ended that left an image."""
+UNORDERED_MAX: Final = 1000
+"""Restarts of a daemon whose topology does not say how many."""
 QUICK_DEATHS_MAX: Final = 5
 """Starts in a row that did not work: a sixth would not either."""
 
@@ -120,8 +122,9 @@ class Phase(Enum):
 class RestartBudget:
     """How often one daemon may be started again.
 
-    limit: restarts in all. A death within STABLE_NS of its start counts as a start that did not work, unless it was ordered
-    (a scheduled fault): QUICK_DEATHS_MAX of them in a row use the budget up.
+    limit: restarts in all; -1: UNORDERED_MAX of them, not counting those after deaths that were ordered (a scheduled fault). A death
+    within STABLE_NS of its start counts as a start that did not work, unless it was ordered: QUICK_DEATHS_MAX of them in a row use the
+    budget up.
     """
 
     limit: int
@@ -134,8 +137,11 @@ class RestartBudget:
             self.quick_deaths = self.quick_deaths + 1 if alive_ns < STABLE_NS else 0
         if self.quick_deaths >= QUICK_DEATHS_MAX:
             return f"died {self.quick_deaths} times in a row within {STABLE_NS // MS} ms of its start"
-        if self.restarts >= self.limit:
-            return f"used up its {self.limit} restarts (restart_limit)"
+        if ordered and self.limit < 0:
+            return ""
+        limit = self.limit if self.limit >= 0 else UNORDERED_MAX
+        if self.restarts >= limit:
+            return f"used up its {limit} restarts (restart_limit)"
         self.restarts += 1
         return ""
 
@@ -354,6 +360,8 @@ class Lifecycle:
         assert epoch == state.epoch, f"{child} died, the epoch is {state.epoch}"
         why = state.budget.spent(now_ns - state.started_ns, ordered=state.ordered)
         state.pid, state.ordered, state.unwanted = 0, False, False
+        # The order was for this one: its successors' ends are their own.
+        self._ordered.pop(child.name, None)
         effects: list[Effect] = [Tell(wire.DaemonDown(d, epoch)), Fence(d), Tell(wire.DaemonFenced(d, epoch))]
         if why:
             state.gone = f"{child.name} {why}, at last {describe_status(status)}"

@@ -28,11 +28,12 @@ _DURATION = re.compile(r"(\d+(?:\.\d+)?)(us|ms|s|m)")
 def duration_ns(text: str) -> int:
     """Nanoseconds of a duration with its unit: 500ms, 20s, 1.5m."""
     match = _DURATION.fullmatch(text)
-    if match is None or float(match[1]) == 0:
+    duration = round(float(match[1]) * _UNIT_NS[match[2]]) if match is not None else 0
+    if duration == 0:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a duration above zero (allowed: as in 500ms, 20s, 2m)"
+            f"{text!r} is not a duration of a nanosecond or more (allowed: as in 500ms, 20s, 2m)"
         )
-    return round(float(match[1]) * _UNIT_NS[match[2]])
+    return duration
 
 
 def positive_seconds(text: str) -> float:
@@ -165,7 +166,6 @@ def add_outages(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--repeat",
         type=positive_count,
-        default=1,
         metavar="R",
         help="with --modes: runs of each (default: 1)",
     )

@@ -24,6 +24,8 @@ from proto.topology_keys import ALLOWANCE_SPARE_PAGES, MIB_MAX
 from proto.units import ASYNC_PF_PER_VCPU, MAX_VCPUS
 
 OVERCOMMIT: Final = 4.0
+EVERY_NS: Final = 1_000_000_000
+"""Between two kills."""
 TASKS_PER_VCPU: Final = 2
 TASK_SPARE_PAGES: Final = 16
 """Room in the address space of a task beside its data, at least (proto.topology.process_pages)."""
@@ -33,8 +35,6 @@ VCPU_PROCESS_MIB: Final = 6
 """Private memory of a vCPU process, with some room: 5 MiB were measured (docs/measuring.md)."""
 OTHER_PROCESSES_MIB: Final = 512
 """Launcher, zygote, host and daemons, the code they share."""
-RESTARTS_SPARE: Final = 1000
-"""Beside those that are ordered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +114,8 @@ def check_machine(size: Size) -> None:
         )
 
 
-def reshape(raw: dict[str, Any], size: Size, kills: int = 0) -> dict[str, Any]:
-    """The tables of a topology of one guest with a stamp and a uniform task, at that size. kills: how many will be ordered."""
+def reshape(raw: dict[str, Any], size: Size) -> dict[str, Any]:
+    """The tables of a topology of one guest with a stamp and a uniform task, at that size."""
     changed = copy.deepcopy(raw)
     changed["host"]["allowance_mib"] = size.allowance_mib
     (guest,) = changed["vm"]
@@ -125,7 +125,4 @@ def reshape(raw: dict[str, Any], size: Size, kills: int = 0) -> dict[str, Any]:
         for task in vm["task"]:
             task |= {"count": vcpus, "memory_kib": 4 * task_pages}
         changed["vm"].append(vm)
-    if kills:
-        for daemon in changed["swapd"]:
-            daemon["restart_limit"] = kills + RESTARTS_SPARE
     return changed

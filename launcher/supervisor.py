@@ -225,6 +225,8 @@ class Supervisor:
                     self._look_at_faults()
                     how = self._life.how(child.name, describe_status(status))
                     self._deaths.note(Blamed(child, how, now_ns, pid))
+                    if self._chaos is not None:
+                        self._chaos.ended(child.role, child.number)
                     if child.role == "swapd" and self._life.phase is not Phase.OVER:
                         self._samples.daemon_down(child.number, now_ns)
                     self._perform(self._life.on_exited(child, status, now_ns))
@@ -358,8 +360,9 @@ class Supervisor:
 
     def _hear_who_else_died(self) -> None:
         """Name those, too, that died together with the first one, before anybody is told to leave."""
-        if not self._deaths.died:
-            return
+        blamed, died = self.outcome.blamed, self._deaths.died
+        if not blamed or blamed[0] not in died:
+            return  # something else ended it
         self._hear_reports(TOGETHER_S, lambda: True)
         self.outcome.blamed = list(self._deaths.died)
         self.outcome.ended = self._deaths.text()

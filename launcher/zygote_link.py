@@ -17,6 +17,7 @@ import os
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -30,6 +31,8 @@ FDS_PER_PACKET: Final = 200
 PACKET_BYTES_MAX: Final = 1 << 17
 """A report about 1024 processes is below 40 KiB."""
 EXITS_PER_PACKET: Final = 1024
+SEND_S: Final = 30
+"""A zygote that reads nothing for so long will not any more: longer than it takes to start on a busy machine."""
 EXIT_BUG: Final = 70
 """Exit code of a role that died of an exception (EX_SOFTWARE); the traceback is in its log."""
 EXIT_USAGE: Final = 64
@@ -110,6 +113,7 @@ class Zygote:
     def __init__(self, log: Path, cleanup: Sequence[Path]) -> None:
         """Start the process. OSError when the system refuses."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", SEND_S, 0))
         self._socket = ours
         path = os.pathsep.join(filter(None, (str(APP_DIR), os.environ.get("PYTHONPATH"))))
         log_fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
@@ -143,17 +147,21 @@ class Zygote:
         return self._socket.fileno()
 
     def send_setup(self, config: Mapping[str, Any], fds: Sequence[int]) -> None:
-        """Hand over the configuration and the descriptors of segments and swap files, in its order."""
+        """Hand over the configuration and the descriptors of segments and swap files, in its order.
+
+        A zygote that has ended meanwhile takes nothing: `receive` tells.
+        """
         memory = os.memfd_create("asyncpf-config", os.MFD_CLOEXEC)
-        try:
-            with open(memory, "wb", closefd=False) as file:
-                file.write(msgpack.packb(dict(config)))
-            socket.send_fds(self._socket, [msgpack.packb([SETUP, len(fds)])], [memory])
-        finally:
-            os.close(memory)
-        for at in range(0, len(fds), FDS_PER_PACKET):
-            chunk = list(fds[at : at + FDS_PER_PACKET])
-            socket.send_fds(self._socket, [msgpack.packb([FDS, len(chunk)])], chunk)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            try:
+                with open(memory, "wb", closefd=False) as file:
+                    file.write(msgpack.packb(dict(config)))
+                socket.send_fds(self._socket, [msgpack.packb([SETUP, len(fds)])], [memory])
+            finally:
+                os.close(memory)
+            for at in range(0, len(fds), FDS_PER_PACKET):
+                chunk = list(fds[at : at + FDS_PER_PACKET])
+                socket.send_fds(self._socket, [msgpack.packb([FDS, len(chunk)])], chunk)
 
     def fork(self, children: Sequence[Child]) -> None:
         """Ask for processes, in order."""
@@ -212,5 +220,10 @@ class Zygote:
 
     def _send(self, *message: object) -> None:
         # A dead zygote is reported once, by `receive`.
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        try:
             self._socket.send(msgpack.packb(message))
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+        except BlockingIOError:
+            # It has not read for SEND_S. All others end with it.
+            self._process.kill()

@@ -374,7 +374,12 @@ class Swapd:
         "The model applies from the start barrier on, not while memory is filled.",
         only=_unless("model", MODELS, "none"),
     )
-    restart_limit: int = key(1000, "Restarts allowed in one run; then it is given up.", low=0, high=1_000_000)
+    restart_limit: int = key(
+        -1,
+        "Restarts allowed in one run; then it is given up. -1: 1000, beside those after deaths that faults of the schedule ordered.",
+        low=-1,
+        high=1_000_000,
+    )
     connect: str = key(
         "",
         "Address tcp://HOST:PORT of a daemon elsewhere (`launch.py swapd`); empty: the run has its own.",

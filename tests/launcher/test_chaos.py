@@ -13,7 +13,7 @@ from launcher import chaos_command
 from launcher.chaos import MS, Chaos, Order, process_faults
 from launcher.options import SIM_FAULTS
 from proto.errors import UserError
-from proto.faults import KINDS, FaultMachine, target_code, words_needed
+from proto.faults import KINDS, LINK_KINDS, FaultMachine, target_code, words_needed
 from proto.topology import Topology
 from proto.topology_faults import schedule
 from proto.trace import Kind, TraceWriter, read_file
@@ -176,14 +176,28 @@ def test_real_and_simulated_faults_have_the_same_names() -> None:
     assert set(SIM_FAULTS) - set(KINDS) == {"restart", "gone"}
 
 
-@pytest.mark.parametrize(
-    ("swapd", "limits"), [({}, [1021]), ({"swapd": [{}, {"restart_limit": 3}]}, [1021, 3])]
-)
-def test_kills_that_are_asked_for_leave_the_usual_restarts(swapd: dict[str, Any], limits: list[int]) -> None:
-    raw: dict[str, Any] = {"run": {"seconds": 10.0}, **swapd}
-    tables = chaos_command.tables_of("swapd", 500 * MS, ["stop on=host after=1s"], by_default=True)
-    changed = chaos_command.with_room_for_kills(raw, tables, None)
-    assert [daemon["restart_limit"] for daemon in changed["swapd"]] == limits
-    assert raw == {"run": {"seconds": 10.0}, **swapd}, "the file's own tables stay"
-    longer = chaos_command.with_room_for_kills(raw, tables, 600.0)["swapd"][0]
-    assert longer["restart_limit"] == 2201
+def test_of_a_daemon_elsewhere_only_the_link_is_drawn() -> None:
+    far = {"connect": "tcp://127.0.0.1:7000"}
+    for daemons in ([far], [far, {}]):
+        values = {"run": {"seconds": 5.0}, "vm": [{"vcpus": 2}], "swapd": daemons}
+        plain = Topology.from_dict(values)
+        for seed in range(50):
+            drawn = chaos_command.drawn(plain, len(KINDS), seed)
+            Topology.from_dict({**values, "fault": [table for _, table in drawn]})
+            others = {table["do"] for _, table in drawn} - {*LINK_KINDS, "stop"}
+            assert bool(others) == (len(daemons) == 2)
+
+
+def test_a_successor_does_not_stand_still_for_its_predecessor() -> None:
+    chaos = chaos_of(
+        {"do": "stop", "on": "swapd-0", "after": 0.5, "for_ms": 3000},
+        {"do": "stop", "on": "swapd-0", "after": 1.5, "for_ms": 100},
+        {"do": "stop", "on": "swapd-1", "after": 0.5, "for_ms": 3000},
+    )
+    assert len(obey(chaos, START + 500 * MS)) == 2
+    chaos.look()
+    chaos.ended("swapd", 0)
+    assert len(obey(chaos, START + 1500 * MS)) == 1
+    chaos.look()
+    assert chaos.over(START + 1600 * MS) == [("swapd", 0)]
+    assert chaos.over(START + 3500 * MS) == [("swapd", 1)]

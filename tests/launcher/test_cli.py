@@ -95,6 +95,7 @@ def test_test_passes_everything_on() -> None:
         "chaos a.toml --plot",
         "chaos a.toml --every 500",
         "chaos a.toml --every 0ms",
+        "chaos a.toml --every 0.0001us",
         "chaos a.toml --for 1h",
         "trace",
         "topologies x",
@@ -182,6 +183,7 @@ def test_test_without_tests_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
         ("2m", 120_000_000_000),
         ("7us", 7_000),
         ("0.5ms", 500_000),
+        ("0.001us", 1),
     ],
 )
 def test_durations(text: str, expected_ns: int) -> None:

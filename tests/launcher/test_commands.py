@@ -89,7 +89,7 @@ def _args(**more: Any) -> argparse.Namespace:
     given: dict[str, Any] = {"topology": "quickstart", "changes": [], "out": None, "json": True}
     given |= {"profile": None, "seconds": None, "seed": None, "log_inputs": False}
     given |= {"restart_at_ns": [], "save_at_ns": 0, "image": None, "restore": None}
-    given |= {"modes": (), "plot": None, "away_ns": 0, "repeat": 1}
+    given |= {"modes": (), "plot": None, "away_ns": 0, "repeat": None}
     given |= {"kill": None, "every_ns": None, "for_ns": None, "faults": [], "random": 0}
     return argparse.Namespace(**(given | more))
 
@@ -153,6 +153,7 @@ def test_chaos_under_modes_takes_turns_and_tells_what_failed(
         ({"plot": Path("figure.png")}, "--plot"),
         ({"modes": ("sync", "exception"), "profile": "mainline"}, "mode"),
         ({"modes": ("sync",), "log_inputs": True}, "--log-inputs"),
+        ({"repeat": 3}, "--repeat"),
     ],
 )
 def test_chaos_refuses_before_the_first_run(
@@ -184,8 +185,40 @@ def test_chaos_and_stress_must_have_checked_something(monkeypatch: pytest.Monkey
         (fault,) = runs.topologies[-1].fault
         assert (fault.do, fault.on, fault.every_ms) == ("kill", "swapd", 100.0)
         assert runs.asked[-1][1] == 4.0
-        assert commands.cmd_stress(_args(**stress, chaos=False)) == code
+        assert commands.cmd_stress(_args(**{**stress, "every_ns": None}, chaos=True, seconds=4.0)) == code
+        assert runs.topologies[-1].fault[0].every_ms == 1000.0
+        with pytest.raises(UserError, match="--every"):
+            commands.cmd_stress(_args(**stress, chaos=False))
+        assert commands.cmd_stress(_args(**{**stress, "every_ns": None}, chaos=False)) == code
         assert not runs.topologies[-1].fault
+
+
+@pytest.mark.parametrize(
+    ("changes", "seconds"), [([], 20.0), (["run.seconds=60"], 60.0), (["vm.vcpus=2"], 20.0)]
+)
+@pytest.mark.parametrize("random", [0, 3])
+def test_a_chaos_lasts_20_s_unless_somebody_says_otherwise(
+    changes: list[str], seconds: float, random: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands, "_title", lambda: None)
+    runs = _Runs()
+    monkeypatch.setattr(commands, "execute", runs)
+    commands.cmd_chaos(_args(changes=changes, random=random))
+    assert runs.topologies[0].run.seconds == seconds
+
+
+def test_chaos_leaves_the_restarts_of_daemons_elsewhere_to_those_who_start_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "far.toml"
+    file.write_text('[[swapd]]\n[[swapd]]\nconnect = "tcp://127.0.0.1:7000"\n')
+    monkeypatch.setattr(commands, "_title", lambda: None)
+    runs = _Runs()
+    monkeypatch.setattr(commands, "execute", runs)
+    commands.cmd_chaos(_args(topology=str(file), kill="swapd-0", every_ns=10**9))
+    assert runs.topologies[0].fault[0].on == "swapd-0"
+    with pytest.raises(UserError, match="runs elsewhere and is not this run's to damage"):
+        commands.cmd_chaos(_args(topology=str(file)))
 
 
 def test_compare_runs_every_mode_and_names_the_directories(

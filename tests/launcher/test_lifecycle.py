@@ -11,6 +11,7 @@ from launcher.lifecycle import (
     QUICK_DEATHS_MAX,
     SAVED,
     STABLE_NS,
+    UNORDERED_MAX,
     Bounds,
     Effect,
     End,
@@ -209,10 +210,18 @@ def test_a_stable_start_forgives_the_quick_deaths_before() -> None:
         assert budget.spent(STABLE_NS, ordered=False) == ""
 
 
-def test_ordered_deaths_are_not_failed_starts_but_count_as_restarts() -> None:
+def test_ordered_deaths_are_not_failed_starts_but_count_as_restarts_where_there_is_a_limit() -> None:
     budget = RestartBudget(50)
     assert [budget.spent(0, ordered=True) for _ in range(50)] == [""] * 50
-    assert "used up" in budget.spent(0, ordered=True)
+    assert "used up its 50 restarts" in budget.spent(0, ordered=True)
+
+
+def test_without_a_limit_of_its_own_only_deaths_that_nobody_ordered_count() -> None:
+    budget = RestartBudget(-1)
+    assert [budget.spent(STABLE_NS, ordered=True) for _ in range(5000)] == [""] * 5000
+    assert [budget.spent(STABLE_NS, ordered=False) for _ in range(UNORDERED_MAX)] == [""] * UNORDERED_MAX
+    assert budget.spent(STABLE_NS, ordered=True) == ""
+    assert f"used up its {UNORDERED_MAX} restarts" in budget.spent(STABLE_NS, ordered=False)
 
 
 def test_a_hanging_daemon_is_killed_once_per_epoch() -> None:
@@ -252,6 +261,7 @@ def test_an_ordered_death_is_no_failed_start_and_says_who_wanted_it(hand: str) -
         effects = life.on_exited(Child("swapd", 0, epoch), KILLED, 1)
         assert effects[-1] == Fork([Child("swapd", 0, epoch + 1)])
         life.on_forked(Child("swapd", 0, epoch + 1), 300 + epoch)
+    assert life.how("swapd-0", "exit code 70") == "exit code 70", "the order was for those before it"
     life.ordered("vcpu", 1, "fault 3")
     ended = _end(life.on_exited(Child("vcpu", 1, 0), KILLED, 5)).ended
     assert ended == "failed:vcpu-1 killed by SIGKILL (fault 3)"

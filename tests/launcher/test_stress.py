@@ -16,9 +16,9 @@ from proto.units import MAX_VCPUS
 MIB = 1 << 20
 
 
-def _topology(vcpus: int, vms: int = 1, overcommit: float = 4.0, kills: int = 0, *changes: str) -> Topology:
+def _topology(vcpus: int, vms: int = 1, overcommit: float = 4.0, *changes: str) -> Topology:
     size = stress.plan(vcpus, vms, overcommit)
-    return load(commands.STRESS_TOPOLOGY, changes, reshape=lambda raw: stress.reshape(raw, size, kills))
+    return load(commands.STRESS_TOPOLOGY, changes, reshape=lambda raw: stress.reshape(raw, size))
 
 
 @pytest.mark.parametrize(
@@ -56,14 +56,9 @@ def test_of_a_host_with_a_quarter_of_the_memory_much_is_swapped() -> None:
 
 
 def test_what_the_user_sets_comes_last() -> None:
-    topology = _topology(4, 2, 4.0, 0, "vm.rate_ops_per_s=1000", "host.allowance_mib=10")
+    topology = _topology(4, 2, 4.0, "vm.rate_ops_per_s=1000", "host.allowance_mib=10")
     assert [vm.rate_ops_per_s for vm in topology.vm] == [1000, 1000]
     assert topology.host.allowance_mib == 10
-
-
-def test_ordered_kills_do_not_use_up_the_restarts() -> None:
-    assert _topology(2).swapd[0].restart_limit == Topology.from_dict({}).swapd[0].restart_limit
-    assert _topology(2, 1, 4.0, 5000).swapd[0].restart_limit == 5000 + stress.RESTARTS_SPARE
 
 
 def test_bounds_of_a_run_grow_with_what_is_filled_and_swept() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -192,6 +193,28 @@ def test_a_launcher_that_had_not_read_everything_is_gone_all_the_same(tmp_path: 
     assert made.zygote.wait_report(WAIT_S)
     made.zygote.close()
     assert made.zygote.wait(WAIT_S) == EXIT_ORPHANED, (tmp_path / "logs" / "zygote-0.log").read_text()
+
+
+def test_a_setup_for_a_zygote_that_is_gone_goes_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    zygote = Zygote(tmp_path / "logs" / "zygote-0.log", [])
+    zygote.kill_zygote()
+    zygote.wait(WAIT_S)
+    zygote.send_setup(_config(tmp_path), [])
+    zygote.fork([Child("vcpu", 0, 0)])
+    assert zygote.receive() == [Gone()]
+    zygote.close()
+
+
+def test_a_zygote_that_does_not_read_is_not_waited_for(ready: _Ready) -> None:
+    ready.zygote._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", 0, 50_000))
+    os.kill(ready.zygote.pid, signal.SIGSTOP)
+    for _ in range(10_000):
+        ready.zygote.kill(1 << 22)
+        if ready.zygote._process.poll() is not None:
+            break
+    assert ready.zygote.wait(WAIT_S) == -signal.SIGKILL
+    assert ready.until(Gone) == [Gone()]
 
 
 def test_started_by_hand_it_says_how_it_is_started() -> None:
