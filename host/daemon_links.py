@@ -13,7 +13,6 @@ Not handled here: which requests there are and when they are sent again (host/sw
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
@@ -33,8 +32,10 @@ from proto.trace import TraceWriter
 from proto.units import PAGE_SIZE
 from proto.wire import OP_READ, OP_WRITE, Message, Nack, WireError
 
-PONG_BOUND_NS: Final = 5_000_000_000
-"""A daemon that answers no heartbeat for this long is reported for a restart: ten beats, far above any scheduling delay seen."""
+BEATS_MAX: Final = 10
+"""A daemon that leaves so many heartbeats unanswered is reported for a restart: 5 s, far above any scheduling delay seen. Counted and not
+measured, since a host that stood still itself has asked for nothing meanwhile.
+"""
 GONE_TEXT_MAX: Final = 300
 """Of the reason why a daemon is gone, where more is said in the same message."""
 
@@ -70,11 +71,11 @@ class Daemon:
         "fenced",
         "gone",
         "identity",
-        "last_pong_ns",
         "next_epoch",
         "pages_in_messages",
         "ping_nonce",
         "reported",
+        "unanswered",
         "up",
     )
 
@@ -88,9 +89,10 @@ class Daemon:
         """The only epoch that may say HELLO next: the launcher counts them, one by one."""
         self.early: tuple[bytes, int] | None = None
         """(identity, epoch) of a successor that said HELLO before the fence of this one was reported."""
-        self.last_pong_ns = 0
         self.ping_nonce = 0
         self.reported = False
+        self.unanswered = 0
+        """Heartbeats since it was heard last."""
         self.gone = ""
         """Why it never comes back."""
 
@@ -150,7 +152,7 @@ class DaemonLinks:
         daemon.next_epoch = epoch + 1
         daemon.fenced = False
         daemon.early = None
-        daemon.last_pong_ns = time.monotonic_ns()
+        daemon.unanswered = 0
         daemon.reported = False
         self._shell.send(identity, wire.Welcome(epoch, self._model_on(number)))
         self._shell.feed(self._shell.swap, ev.DaemonUp(number, epoch))
@@ -161,9 +163,9 @@ class DaemonLinks:
         return int(self._shell.clock.started or not self._shell.topology.swapd[number].model_from_barrier)
 
     def start_models(self, _start_ns: int) -> None:
-        """The measured time runs: modelled service times too."""
-        for daemon in self.daemons:
-            if daemon.up:
+        """The measured time runs: modelled service times too. Those of a daemon elsewhere are not this run's business."""
+        for number, daemon in enumerate(self.daemons):
+            if daemon.up and self.is_ours(number):
                 self._shell.outbox.put(daemon.identity, wire.Model(1))
 
     def say_bye(self) -> None:
@@ -217,12 +219,13 @@ class DaemonLinks:
             daemon.up = False
             self._shell.feed(swap, ev.DaemonLost(number, daemon.epoch))
             self._shell.feed(swap, ev.DaemonFenced(number, daemon.epoch))
+        self._shell.outbox.forget(daemon.identity)
         self._shell.feed(swap, ev.DaemonGone(number))
 
     def _pages_lost(self, effect: ev.PagesLost) -> None:
         where = f"; {effect.pages} pages were only there" if effect.pages else ""
         reason = self.daemons[effect.daemon].gone[:GONE_TEXT_MAX]
-        self._shell.to_launcher(wire.Failed(f"{reason}{where}"))
+        self._shell.clock.fail(f"{reason}{where}")
 
     # -- requests ------------------------------------------------------------------------------------------
     def flush(self) -> None:
@@ -230,8 +233,10 @@ class DaemonLinks:
         if not self._waiting:
             return
         shell = self._shell
-        for number, requests in self._waiting.items():
+        for number, wanted in self._waiting.items():
             daemon = self.daemons[number]
+            # Its predecessor may have died in this round: what was asked of that one is asked again anyway, and a message has one epoch.
+            requests = [request for request in wanted if request.epoch == daemon.epoch]
             for first in range(0, len(requests), wire.BATCH_MAX):
                 batch = requests[first : first + wire.BATCH_MAX]
                 records = np.array([(r.request, r.op, r.frame, r.slot) for r in batch], wire.IO_DTYPE)
@@ -268,7 +273,7 @@ class DaemonLinks:
                 return
             raise WireError(Nack.STALE_EPOCH, f"epoch {message.epoch}", wire.Kind.IO_DONE)
         observe(shell.writer, message)
-        daemon.last_pong_ns = time.monotonic_ns()
+        daemon.unanswered = 0
         if daemon.pages_in_messages and not self._land_pages(number, message, extra):
             raise WireError(Nack.FIELD, "IO_DONE: pages and records do not match", wire.Kind.IO_DONE)
         for request, result, service_ns in message.records.tolist():
@@ -289,16 +294,17 @@ class DaemonLinks:
         return next(pages, None) is None
 
     # -- heartbeats ----------------------------------------------------------------------------------------
-    def heartbeat(self, number: int, now_ns: int) -> None:
+    def heartbeat(self, number: int) -> None:
         """A beat for a daemon of ours; one that has answered none for too long is to be started anew."""
         daemon = self.daemons[number]
         if not daemon.up:
             return
-        daemon.ping_nonce += 1
-        self._shell.send(daemon.identity, wire.Ping(daemon.epoch, daemon.ping_nonce))
-        if now_ns - daemon.last_pong_ns > PONG_BOUND_NS and not daemon.reported:
+        if daemon.unanswered >= BEATS_MAX and not daemon.reported:
             daemon.reported = True
             self._shell.to_launcher(wire.RestartWanted(number, daemon.epoch, "no heartbeat"))
+        daemon.ping_nonce += 1
+        daemon.unanswered += 1
+        self._shell.send(daemon.identity, wire.Ping(daemon.epoch, daemon.ping_nonce))
 
     def _pong(self, peer: Peer, identity: bytes, message: wire.Pong, _: Sequence[bytes]) -> None:
         kind, number, epoch = peer
@@ -309,7 +315,7 @@ class DaemonLinks:
             if _has_just_died(daemon, epoch):
                 return
             raise WireError(Nack.STALE_EPOCH, f"epoch {epoch}", wire.Kind.PONG)
-        daemon.last_pong_ns = time.monotonic_ns()
+        daemon.unanswered = 0
 
 
 def _has_just_died(daemon: Daemon, epoch: int) -> bool:

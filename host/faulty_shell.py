@@ -116,7 +116,9 @@ class FaultyShell(HostShell):
 
     def _swapped(self, step: str, effect: ev.SwapInDone | ev.SwapOutDone) -> None:
         if effect.ok:
-            self.faults.step(step, "swapd", effect.slot // SLOTS_PER_DAEMON, time.monotonic_ns())
+            # Of two copies written it counts for the daemon that has the first.
+            copy = effect.copy if isinstance(effect, ev.SwapInDone) else effect.slot
+            self.faults.step(step, "swapd", copy // SLOTS_PER_DAEMON, time.monotonic_ns())
         self._to_vm(effect)
 
     def _route(self) -> None:

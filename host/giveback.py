@@ -56,7 +56,7 @@ class GiveBack:
         held = 0
         waited: list[int] = []
         for bit in range(MASK_BITS):
-            if event.mask >> bit & 1 and (hvp := m.find_hvp(event.vm, event.gfn + bit)) >= 0:
+            if event.mask >> bit & 1 and (hvp := self._find(event.vm, event.gfn + bit)) >= 0:
                 held += self._take(event.vm, hvp, frames)
                 waited.append(hvp)
         if frames:
@@ -66,6 +66,11 @@ class GiveBack:
         for hvp in waited:
             m.waiters.serve(hvp)
         m.emit(Answer(event.cpu, event.ask, held, waited=False))
+
+    def _find(self, vm: int, gfn: int) -> int:
+        """The host page of a guest frame, also while its memslot is about to move; -1: there is none."""
+        hvp = self._m.find_hvp(vm, gfn)
+        return hvp if hvp >= 0 else self._m.change.former_hvp(vm, gfn)
 
     def _flush(self, vm: int, pages: int) -> int:
         m = self._m
@@ -94,6 +99,9 @@ class GiveBack:
             if frame >= 0:
                 frames.append(frame)
         m.forget_page(hvp)
+        if slot < 0 and m.page_out.swap_full:
+            # A slot that came back may have been meant for this page.
+            m.page_out.unstick()
         return True
 
     def landed(self, event: SwapInDone) -> bool:

@@ -190,7 +190,7 @@ class Saving:
             with suppress(OSError):  # what is still in its buffer: the disk may refuse that, too
                 self._writer.close()
             self._writer = None
-        self._shell.to_launcher(wire.Failed(f"the image cannot be written: {error.strerror}"))
+        self._shell.clock.fail(f"the image cannot be written: {error.strerror}")
 
 
 class Restoring:
@@ -246,7 +246,7 @@ class Restoring:
                 else:
                     self._states()
         except UserError as error:
-            self._shell.to_launcher(wire.Failed(str(error)[: wire.TEXT_MAX]))
+            self._shell.clock.fail(str(error))
 
     def _states(self) -> None:
         for machine, saved in zip(self._shell.vcpus, self._vcpus, strict=True):
@@ -255,19 +255,15 @@ class Restoring:
     def restored(self, effect: ev.Restored) -> None:
         """A vCPU has its state, or this host would not take it. When all have theirs, the run goes on."""
         if effect.refused:
-            self._shell.to_launcher(
-                wire.Failed(
-                    f"vcpu-{effect.cpu} cannot be restored: the host refused {effect.refused}"[
-                        : wire.TEXT_MAX
-                    ]
-                )
-            )
+            self._shell.clock.fail(f"vcpu-{effect.cpu} cannot be restored: the host refused {effect.refused}")
             return
         self._left.discard(effect.cpu)
-        if not self._left:
-            self._go()
+        self.go_when_due()
 
-    def _go(self) -> None:
+    def go_when_due(self) -> None:
+        """Go on if everybody can, and the clock has no reason to wait. To be called whenever that may have become true."""
+        if self.over or self._left or not self._shell.clock.may_begin():
+            return
         self.over = True
         self._image.close()
         self._shell.clock.open(time.monotonic_ns() - self._elapsed_ns)
@@ -315,6 +311,11 @@ class Images:
         """Go on with pages that have come."""
         if (under_way := self._saving or self._restoring) is not None:
             under_way.turn()
+
+    def daemon_up(self) -> None:
+        """The clock may have waited for it."""
+        if self._restoring is not None:
+            self._restoring.go_when_due()
 
     def begin(self) -> None:
         """The launcher is there, so that it can be told of a failure."""

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class PageOut:
     """Writes of all pages, from the end of the grace to the free frame."""
 
-    __slots__ = ("_flags", "_frame", "_m", "_serial", "_slot", "_state", "_writes", "swap_full")
+    __slots__ = ("_flags", "_frame", "_m", "_serial", "_slot", "_state", "_writes", "coming", "swap_full")
 
     def __init__(self, machine: VmMachine) -> None:
         self._m = machine
@@ -40,12 +40,9 @@ class PageOut:
         self._writes: dict[int, int] = {}
         """Page -> serial number of its write under way."""
         self._serial = 0
+        self.coming = 0
+        """Frames that will be free when writes under way are acknowledged, unless their pages are taken back: pages in WRITING."""
         self.swap_full = False
-
-    @property
-    def coming(self) -> int:
-        """Frames that will be free when writes under way are acknowledged."""
-        return len(self._writes)
 
     def evicted(self, hvp: int) -> None:
         """Nobody translates to this page any more: its contents and its dirty bit are final."""
@@ -64,6 +61,7 @@ class PageOut:
             self._drop(hvp, "drop_zero")
         else:
             m.move(hvp, "write")
+            self.coming += 1
             self._serial += 1
             self._writes[hvp] = self._serial
             m.obs.trace(Kind.SWAP_OUT, a=hvp, b=slot & 0xFFFF_FFFF_FFFF_FFFF, c=frame)
@@ -85,6 +83,8 @@ class PageOut:
             self._stale(event)
             return
         del self._writes[hvp]
+        if self._state[hvp] == HPT_WRITING:
+            self.coming -= 1
         if not event.ok:
             self._failed(event)
             return
@@ -121,6 +121,11 @@ class PageOut:
             self.unstick()
 
     # -- a write is cancelled ------------------------------------------------------------------------------
+    def taken_back(self, hvp: int) -> None:
+        """A page in WRITING is resident again, and the write goes on."""
+        self.coming -= 1
+        self._flags[hvp] |= F_WRITEBACK
+
     def overwritten(self, hvp: int) -> None:
         """A store came before the acknowledgement, to a page that has a write under way."""
         self._m.frames.pin(self._writes.pop(hvp), self._frame[hvp])
@@ -132,6 +137,8 @@ class PageOut:
         """The page of a write under way is given back: frame and slot are free when it is answered. False: there is no such write."""
         if hvp not in self._writes:
             return False
+        if self._state[hvp] == HPT_WRITING:
+            self.coming -= 1
         self._m.frames.pin(self._writes.pop(hvp), self._frame[hvp])
         return True
 

@@ -109,7 +109,8 @@ class Reclaim:
             hand, found = m.memory.pick_victims(
                 part.vm, m.state, m.flags, part.first_hvp, part.pages, part.first_gfn, hand, want, self._victims
             )  # fmt: skip
-        elif m.change.moving:
+        elif m.change.moving and not m.waiters.starving:
+            # Those that wait for a frame may be pages of the move, which waits for them: then these have to go first.
             return 0
         else:
             hand, found = kernels.pick_unmapped(

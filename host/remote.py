@@ -29,6 +29,7 @@ import zmq
 from host import events as ev
 from host.daemon_links import DaemonLinks
 from host.peers import Peer
+from host.run_clock import RunClock
 from host.setup import ShellObserver
 from host.swap import SwapMachine
 from proto import curve, link, remote, wire
@@ -59,12 +60,10 @@ class Shell(Protocol):
     obs: ShellObserver
     swap: SwapMachine
     links: DaemonLinks
+    clock: RunClock
 
     def feed(self, machine: Any, event: Any) -> None:
         """Give a machine an event."""
-
-    def to_launcher(self, message: Message) -> None:
-        """As soon as it can take it."""
 
     def dispatch(self, peer: Peer, identity: bytes, message: Message, extra: Sequence[bytes]) -> None:
         """Handle a message of a daemon. WireError when it is not what may be said."""
@@ -184,7 +183,6 @@ class RemoteDaemons:
         """Connects. Raises UserError for a key file that cannot be used."""
         topology = shell.topology
         self._shell = shell
-        self._failed = False
         self._handlers: dict[type[Any], Callable[[RemoteDaemon, Any, Sequence[bytes]], None]] = {
             wire.Offer: self._offered,
             wire.IoDone: self._heard,
@@ -330,9 +328,8 @@ class RemoteDaemons:
         text = f"swapd-{daemon.number} at {daemon.endpoint} {why}"
         if daemon.base is not None:
             self._shell.links.give_up(daemon.number, text)
-        elif not self._failed:
-            self._failed = True
-            self._shell.to_launcher(wire.Failed(text))
+        else:
+            self._shell.clock.fail(text)
 
     def close(self) -> None:
         """Sockets."""

@@ -182,14 +182,16 @@ class RunClock:
         """Nothing more will happen."""
         self._end(wire.Finished(reason))
 
+    def fail(self, reason: str) -> None:
+        """The run cannot go on, or cannot begin."""
+        self._end(wire.Failed(reason[: wire.TEXT_MAX]))
+
     def _out_of_memory(self, effect: ev.OutOfMemory) -> None:
         """No frame, no slot, and no guest has anything to give back: an orderly end instead of a hang."""
         used = self._shell.swap.slots_used
-        self._end(
-            wire.Failed(
-                f"out of memory: {effect.waiting} faults wait for a frame and all {used} swap slots are used"
-                " (raise swapd.size_mib or host.allowance_mib)"
-            )
+        self.fail(
+            f"out of memory: {effect.waiting} faults wait for a frame and all {used} swap slots are used"
+            " (raise swapd.size_mib or host.allowance_mib)"
         )
 
     def _end(self, message: wire.Finished | wire.Failed) -> None:

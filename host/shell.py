@@ -92,6 +92,7 @@ class HostShell:
         self.clock.may_begin = self.links.all_met
         self.links.on_up.append(self.clock.open_when_due)
         self.images = Images(self)
+        self.links.on_up.append(self.images.daemon_up)
         self._opened.callback(self.images.close)
         self._sockets()
         self.next_ping_ns = 0
@@ -231,7 +232,7 @@ class HostShell:
             if number in self.remote.daemons:
                 self.remote.heartbeat(number, now)
             else:
-                self.links.heartbeat(number, now)
+                self.links.heartbeat(number)
 
     # -- routing -------------------------------------------------------------------------------------------
     def feed(self, machine: Any, event: Any) -> None:

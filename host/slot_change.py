@@ -37,6 +37,8 @@ class SlotChange:
         self._m = machine
         self._wanted: deque[SetMemslots] = deque()
         self._now: SetMemslots | None = None
+        self._gone: list[Memslot] = []
+        """Parts of the old layout that the new one has not: their pages hold what they held until the change is finished."""
         self._changing: list[Memslot] = []
         """Parts of the old and of the new layout that differ: faults on their guest frames are held."""
         self._held: list[Any] = []
@@ -75,11 +77,20 @@ class SlotChange:
         """Whether pages without a slot may be about to move: reclaim leaves those alone."""
         return self._now is not None and bool(self._now.moves)
 
+    def former_hvp(self, vm: int, gfn: int) -> int:
+        """The host page behind a guest frame that has no slot just now, because the one it had is about to change; -1: there is none."""
+        if self._now is None or vm != self._now.vm:
+            return -1
+        found = [
+            s.base_hvp + gfn - s.base_gfn for s in self._gone if s.base_gfn <= gfn < s.base_gfn + s.pages
+        ]
+        return found[0] if found else -1
+
     def _begin(self) -> None:
         m = self._m
         self._now = event = self._wanted.popleft()
         old = m.slots.of_vm(event.vm)
-        gone = without(old, event.slots)
+        self._gone = gone = without(old, event.slots)
         new = without(event.slots, old)
         self._changing = gone + new
         self._added = sum(s.pages for s in new)
@@ -132,7 +143,7 @@ class SlotChange:
             self._move(first, to, pages)
         generation = m.slots.publish(event.vm, event.slots)
         m.obs.trace(Kind.MEMSLOTS, vm=event.vm, a=generation, c=self._added)
-        held, self._held, self._changing, self._now = self._held, [], [], None
+        held, self._held, self._changing, self._gone, self._now = self._held, [], [], [], None
         m.emit(MemslotsSet(event.vm, generation))
         for one in held:
             m.again(one)

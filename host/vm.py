@@ -292,7 +292,7 @@ class VmMachine(Machine):
         if state != HPT_RESIDENT:
             self.move(hvp, "take_back")
         if state == HPT_WRITING:
-            self._flags[hvp] |= F_WRITEBACK
+            self.page_out.taken_back(hvp)
         if write and self._flags[hvp] & F_WRITEBACK:
             self.page_out.overwritten(hvp)
         return state != HPT_RESIDENT

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from host import events as ev
+from host.copies import SLOTS_PER_DAEMON
 from host.faulty_shell import FaultyShell
 from proto import link, segments, wire
 from proto.faults import FIRED, SEEN
@@ -64,18 +65,19 @@ Make = Callable[..., Shell]
 def make(tmp_path: Path) -> Iterator[Make]:
     made: list[tuple[Shell, dict[str, Any]]] = []
 
-    def shell_with(*faults: dict[str, Any], started: bool = True) -> Shell:
+    def shell_with(*faults: dict[str, Any], started: bool = True, daemons: int = 1) -> Shell:
         topology = Topology.from_dict(
             {
                 "host": {"allowance_mib": 4},
                 "vm": [{"memory_mib": 8, "task": [{"memory_kib": 4}]}],
+                "swapd": [{}] * daemons,
                 "fault": list(faults),
             }
         )
         parts = segments.create(segments.plan(topology, [1], [1], {}))
         ctx = RunContext(
-            "test", tmp_path, f"ipc://{tmp_path}/h", "", topology, parts, [-1], [SwapFileInfo(-1, 2560, True, "x", "uring")],
-            trace_bytes=1 << 20,
+            "test", tmp_path, f"ipc://{tmp_path}/h", "", topology, parts, [-1] * daemons,
+            [SwapFileInfo(-1, 2560, True, "x", "uring")] * daemons, trace_bytes=1 << 20,
         )  # fmt: skip
         shell = Shell(ctx)
         made.append((shell, parts))
@@ -135,6 +137,13 @@ def test_only_what_was_written_is_done(make: Make) -> None:
     for ok in (True, False):
         effect = ev.SwapOutDone(1, 1, 1 if ok else -1, 1, ok=ok, full=False)
         shell._swapped("swap_out.done", effect)
+    assert shell.word(0, SEEN) == 1
+
+
+def test_a_read_counts_for_the_daemon_that_answered(make: Make) -> None:
+    shell = make({"do": "kill", "on": "swapd-0", "at": "swap_in.done", "nth": 90}, daemons=2)
+    for copy in (5, SLOTS_PER_DAEMON + 5):
+        shell._swapped("swap_in.done", ev.SwapInDone(1, 5, 1, ok=True, xxh3=0, copy=copy, rewrite=False))
     assert shell.word(0, SEEN) == 1
 
 

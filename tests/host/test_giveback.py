@@ -9,6 +9,7 @@ import pytest
 from host import events as ev
 from host.kernels import (
     F_DIRTY,
+    F_STUCK,
     HPT_BAD,
     HPT_EVICT,
     HPT_NONE,
@@ -18,6 +19,7 @@ from host.kernels import (
     HPT_WRITING,
     HPT_ZERO,
 )
+from host.slots import moved
 from proto.layout import MODE_IN_GUEST, VP_STATE
 from proto.stats import HostCounter
 from proto.wire import HC_RELEASE, ExitReason, Inject
@@ -28,8 +30,8 @@ GFN = 40
 OTHER = 41
 
 
-def bench_of(vcpus: int = 1, slots: int = 512) -> Bench:
-    bench = Bench(host_async=False, vcpus=vcpus, slots=slots)
+def bench_of(vcpus: int = 1, slots: int = 512, spare: int = 0) -> Bench:
+    bench = Bench(host_async=False, vcpus=vcpus, slots=slots, spare=spare)
     for cpu in range(vcpus):
         bench.boot(cpu, enable=False)
     bench.fill(OTHER, 9)
@@ -112,6 +114,28 @@ def test_a_page_given_back_reads_as_zeros(state: int) -> None:
     assert not bench.memory.frames[frame * WORDS : (frame + 1) * WORDS].any()
     other = int(bench.vm.frame_of[OTHER])
     assert bench.memory.frames[other * WORDS] == 9, "nothing else went"
+
+
+@pytest.mark.parametrize("state", WAYS)
+def test_a_page_given_back_while_its_memslot_moves_reads_as_zeros_where_it_is_then(state: int) -> None:
+    bench = bench_of(vcpus=2, spare=64)
+    WAYS[state](bench)
+    bench.vcpu_pages[WORDS + VP_STATE] = MODE_IN_GUEST
+    layout, moves = moved(bench.vm.slots.of_vm(0), 0, 32, 32, bench.vm.slots.of_vm(0)[-1].pages)
+    bench.set_slots(*layout, moves=tuple(moves))
+    assert bench.vm.change.pending
+    release(bench)
+    assert bench.obs.counts[HostCounter.PAGES_RELEASED] == 1
+    flush_acknowledged(bench)
+    bench.settle()
+    assert len(bench.layouts) == 1
+    frames_are_accounted_for(bench)
+    slots_are_accounted_for(bench)
+    bench.touch(GFN)
+    hvp = bench.vm.find_hvp(0, GFN)
+    assert hvp != GFN
+    frame = int(bench.vm.frame_of[hvp])
+    assert not bench.memory.frames[frame * WORDS : (frame + 1) * WORDS].any()
 
 
 def test_a_mask_names_what_it_says_and_no_more() -> None:
@@ -235,3 +259,18 @@ def test_a_slot_that_comes_back_lets_one_stuck_page_go() -> None:
     bench.settle()
     assert bench.swap.slots_used == 1
     assert bench.vm.flags[50] & bench.vm.flags[51] & F_DIRTY == 0
+
+
+def test_a_stuck_page_that_is_given_back_passes_its_chance_on() -> None:
+    bench = bench_of(slots=1)
+    slot(bench)
+    for gfn in (50, 51):
+        bench.fill(gfn, gfn)
+        begin_eviction(bench, gfn)
+    bench.settle()
+    release(bench)
+    chosen, other = (50, 51) if not bench.vm.flags[50] & F_STUCK else (51, 50)
+    assert bench.vm.flags[other] & F_STUCK
+    release(bench, chosen)
+    assert not bench.vm.flags[other] & F_STUCK
+    assert not bench.vm.page_out.swap_full

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from host import events as ev
+from host.daemon_links import BEATS_MAX
 from host.setup import BAD_TRACED_MAX
 from host.shell import HostShell
 from proto import link, segments, wire
@@ -155,6 +156,33 @@ def perform(shell: Shell, *effects: Any) -> None:
         shell._effects[type(effect)](effect)
 
 
+def test_requests_of_an_epoch_that_ended_in_the_same_round_do_not_spoil_those_of_the_next(
+    shell: Shell,
+) -> None:
+    launcher = link.launcher_identity()
+    shell.say(daemon(0), hello(0))
+    shell.feed(shell.swap, ev.SwapOut(1, 5, 3, -1, 0))
+    shell._route()
+    for report in (wire.DaemonDown(0, 0), wire.DaemonFenced(0, 0)):
+        shell.say(launcher, report)
+    shell.say(daemon(1), hello(1))
+    shell.links.flush()
+    (asked,) = shell.answers(wire.Io)
+    assert (asked.epoch, len(asked.records)) == (1, 1)
+
+
+def test_a_daemon_is_replaced_for_heartbeats_that_it_left_unanswered(shell: Shell) -> None:
+    shell.say(daemon(0), hello(0))
+    for beat in range(BEATS_MAX + BEATS_MAX // 2):
+        shell.links.heartbeat(0)
+        if beat == BEATS_MAX // 2:
+            shell.say(daemon(0), wire.Pong(0, beat))
+    assert shell.answers(wire.RestartWanted) == [], "silence is counted from the last answer on"
+    for _ in range(BEATS_MAX):
+        shell.links.heartbeat(0)
+    assert shell.answers(wire.RestartWanted) == [wire.RestartWanted(0, 0, "no heartbeat")]
+
+
 def test_the_barrier_opens_once_when_all_tasks_are_there(shell: Shell) -> None:
     launcher = link.launcher_identity()
     shell.say(launcher, wire.Hello(wire.Role.LAUNCHER, 0, 0, 1))
@@ -196,7 +224,7 @@ def test_an_end_that_comes_before_the_launcher_is_told_when_it_has_come(shell: S
 
 def test_out_of_memory_is_the_end_whatever_comes_after_it(shell: Shell) -> None:
     shell.say(link.launcher_identity(), wire.Hello(wire.Role.LAUNCHER, 0, 0, 1))
-    perform(shell, ev.OutOfMemory(3), ev.OutOfMemory(4), ev.PoweredDown(0))
+    perform(shell, ev.OutOfMemory(3), ev.OutOfMemory(4), ev.PagesLost(0, 7), ev.PoweredDown(0))
     (failed,) = shell.answers(wire.Failed)
     assert failed.reason.startswith("out of memory: 3 faults")
     assert shell.answers(wire.Finished) == []

@@ -6,7 +6,7 @@ import pytest
 
 from host import events as ev
 from host.kernels import F_DIRTY, HPT_NONE, HPT_READING, HPT_RESIDENT, HPT_SLOT
-from host.slots import Memslot
+from host.slots import Memslot, moved
 from proto import kvm
 from proto.layout import APF_AREA_GPA, MODE_IN_GUEST, NPT_A, NPT_D, VP_STATE
 from proto.pagetable import npt_get
@@ -168,6 +168,28 @@ def test_moved_pages_keep_their_contents_and_wait_for_reads() -> None:
         frame = int(bench.vm.frame_of[256 + gfn - 32])
         assert int(bench.memory.frames[frame * WORDS]) == word
         assert int(bench.vm.frames.owner[frame]) == 256 + gfn - 32
+
+
+def test_pages_of_a_move_that_wait_for_frames_get_those_of_others_of_the_move() -> None:
+    bench = Bench(frames=48, low=2, high=4, spare=256, zero_pages=False)
+    bench.boot(0)
+    for gfn in range(100, 180):
+        while bench.vm.state[gfn] != HPT_RESIDENT:
+            bench.touch(gfn)
+            bench.settle()
+        bench.vm.mark_dirty(gfn)
+    on_swap = [gfn for gfn in range(100, 180) if bench.vm.state[gfn] == HPT_SLOT]
+    for gfn in on_swap[:20]:
+        bench.touch(gfn)
+    waiting = (bench.vm.state == HPT_READING) & (bench.vm.frame_of < 0)
+    assert waiting.any(), "no frame is free"
+    layout, moves = moved(bench.vm.slots.of_vm(0), 0, 0, 256, 256)
+    bench.set_slots(*layout, moves=tuple(moves))
+    for _ in range(200):
+        outside(bench)
+        bench.serve()
+    assert not bench.vm.change.pending
+    assert len(bench.layouts) == 1
 
 
 def test_changes_queue() -> None:
