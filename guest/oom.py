@@ -5,7 +5,7 @@ kernel's own memory and makes nothing but hypercalls, so it works while no page 
 
 Who dies: the address space with the most guest pages, tables included, whether in memory or on swap; of equals the one whose first task
 comes first. All tasks that share it die with it, as the threads of a process do. Before anybody is killed, address spaces whose tasks are
-all finished are given back: nobody needs them. One that was chosen before and is not gone yet is waited for.
+all finished are given back: nobody needs them. One that was chosen before or is being given back, and is not gone yet, is waited for.
 
 When a task dies: it executes nothing more from the moment its CPU has looked; a kernel lock that it holds is released, as for any kill.
 One that sleeps for a page is not disturbed (the wait is uninterruptible): it dies when it is woken, and its memory goes before, as with
@@ -133,10 +133,14 @@ class OutOfMemory:
         return self._cpu.owners
 
     def _dying(self) -> bool:
-        """Whether somebody was chosen whose memory is not back yet."""
-        chosen = {self._root(t) for t in self._tasks() if self._cpu.tasks.load(t, T_DIE)}
+        """Whether memory is on its way back: of somebody who was chosen, or of tasks that had finished and is being released."""
         owners = self._owners()
-        return any(int(owners[root]) in (root, OWNER_TAKEN) for root in chosen)
+        for task in self._tasks():
+            root = self._root(task)
+            owner = int(owners[root])
+            if owner == OWNER_TAKEN or (owner == root and self._cpu.tasks.load(task, T_DIE)):
+                return True
+        return False
 
     def _choose(self, number: int) -> int:
         """Mark the tasks of the largest address space; returns the first of them, `NOBODY` when no task is left."""

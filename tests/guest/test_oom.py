@@ -159,6 +159,20 @@ def test_what_finished_tasks_had_goes_first_and_nobody_is_killed() -> None:
     assert sorted(world.released) == sorted(spaces.pages[0])
 
 
+def test_nobody_is_killed_while_what_finished_tasks_had_is_on_its_way_back() -> None:
+    """The next notice comes before that of another CPU's answer has been made good."""
+    spaces = Spaces([(9, [0]), (2, [0]), (20, [0])])
+    world = Told(spaces, [ends, kicked(), once(L.RUN_BUDGET, once(L.RUN_BUDGET, ends))])
+    world.tell = [1, 2]
+    world.when = lambda record: (
+        record.reason == ExitReason.KICK
+        or (record.reason == ExitReason.HYPERCALL and record.arg0 == HC_RELEASE)
+    )
+    world.run()
+    assert world.log.count(Kind.TASK_KILLED) == 0
+    assert world.answers == [(2, 0, OOM_PENDING), (2, 10, 0)]
+
+
 def test_one_after_the_other_until_nobody_is_left() -> None:
     spaces = Spaces([(9, [0]), (5, [0])])
     world = Told(spaces, [kicked(works), works])
