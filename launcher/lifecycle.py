@@ -129,6 +129,8 @@ class RestartBudget:
 
     limit: int
     restarts: int = 0
+    charged: int = 0
+    """Restarts that count for the limit."""
     quick_deaths: int = 0
 
     def spent(self, alive_ns: int, *, ordered: bool) -> str:
@@ -137,11 +139,11 @@ class RestartBudget:
             self.quick_deaths = self.quick_deaths + 1 if alive_ns < STABLE_NS else 0
         if self.quick_deaths >= QUICK_DEATHS_MAX:
             return f"died {self.quick_deaths} times in a row within {STABLE_NS // MS} ms of its start"
-        if ordered and self.limit < 0:
-            return ""
-        limit = self.limit if self.limit >= 0 else UNORDERED_MAX
-        if self.restarts >= limit:
-            return f"used up its {limit} restarts (restart_limit)"
+        if not ordered or self.limit >= 0:
+            limit = self.limit if self.limit >= 0 else UNORDERED_MAX
+            if self.charged >= limit:
+                return f"used up its {limit} restarts (restart_limit)"
+            self.charged += 1
         self.restarts += 1
         return ""
 

@@ -36,7 +36,7 @@ transport = "tcp"
 MIXED = """
 { do = "kill", on = "swapd-0", at = "read.done", nth = 5 }
 { do = "kill", on = "swapd-1", at = "swap_out.sent", nth = 10 }
-{ do = "kill", after = 0.8, every_ms = 1000 }
+{ do = "kill", every_ms = 700, until = 2.0 }
 { do = "stop", on = "vcpu-1", at = "fault.announced", nth = 2, for_ms = 100 }
 { do = "stop", on = "host", after = 0.5, for_ms = 100 }
 { do = "stop", on = "swapd-1", at = "write.started", nth = 5, for_ms = 50 }
@@ -49,7 +49,7 @@ MIXED = """
 { do = "short_read", nth = 3 }
 { do = "write_error", nth = 3, times = 2 }
 { do = "no_space", on = "swapd-1", after = 0.2 }
-{ do = "bit_flip", on = "swapd-0", nth = 4, times = 3 }
+{ do = "bit_flip", on = "swapd-0", nth = 20, times = 3 }
 """
 HARMLESS_KINDS = {kind for kind in KINDS if kind not in ("bad_block", "device_gone")}
 

@@ -28,8 +28,8 @@ from tests.e2e.runs import BM, Launched, Runner, of_kind
 
 ANSWER_BOUND_S: Final = 20.0
 POLL_S: Final = 0.02
-LOOK_BACK: Final = 5000
-"""Events: more than a host of two vCPUs records between two looks."""
+LOOK_BACK: Final = 50_000
+"""Events: far more than a host of two vCPUs records between two looks, also when this process does not get a core."""
 FLOOD: Final = 2000
 STRANGER: Final = b"stranger"
 KNOWN_KEY: Final = Path(known_key.__file__)
@@ -126,7 +126,7 @@ def _well_formed(records: np.ndarray) -> list[wire.Message]:
 def test_hostile_peers_are_refused_and_the_run_goes_on(runner: Runner) -> None:
     path = runner.file(BM)
     out = runner.folder / "out"
-    run = runner.start("run", str(path), "--json", "--seconds", "5", out=out, program=KNOWN_KEY)
+    run = runner.start("run", str(path), "--json", "--seconds", "8", out=out, program=KNOWN_KEY)
     run.wait_for(": running")
     assert (out / "h").is_socket()
     # Routing ids that parse, of a vCPU and a daemon that this run does not have, and of a past or future daemon.
@@ -225,7 +225,7 @@ def _claims(epoch: int) -> list[wire.Message]:
 
 def test_neither_strangers_nor_former_daemons_get_a_page_or_a_token(runner: Runner) -> None:
     path, out = runner.file(BM), runner.folder / "out"
-    run = runner.start("run", str(path), "--json", "--seconds", "5", out=out, program=KNOWN_KEY)
+    run = runner.start("run", str(path), "--json", "--seconds", "8", out=out, program=KNOWN_KEY)
     run.wait_for(": running")
     endpoint = f"ipc://{out / 'h'}"
     refused = former = 0
@@ -234,7 +234,8 @@ def test_neither_strangers_nor_former_daemons_get_a_page_or_a_token(runner: Runn
         for round_ in range(2):
             former = run.pid_of("swapd-0")
             os.kill(former, signal.SIGSTOP)
-            for pretender in pretenders:
+            # Half of them each time: a daemon that stood still for too long would be replaced.
+            for pretender in pretenders[round_::2]:
                 for message in _claims(1):
                     pretender.say(wire.encode(message))
                 assert set(pretender.codes(len(_claims(1)))) == {Nack.STRANGER}
@@ -304,7 +305,7 @@ def test_floods_and_deaf_peers_neither_stop_a_run_nor_make_it_grow(runner: Runne
     # What belongs to the run directory is the user's alone, whatever the user's habits.
     before = os.umask(0)
     try:
-        run = runner.start("run", str(path), "--json", "--seconds", "4", out=out, program=KNOWN_KEY)
+        run = runner.start("run", str(path), "--json", "--seconds", "6", out=out, program=KNOWN_KEY)
     finally:
         os.umask(before)
     run.wait_for(": running")

@@ -221,6 +221,7 @@ def test_without_a_limit_of_its_own_only_deaths_that_nobody_ordered_count() -> N
     assert [budget.spent(STABLE_NS, ordered=True) for _ in range(5000)] == [""] * 5000
     assert [budget.spent(STABLE_NS, ordered=False) for _ in range(UNORDERED_MAX)] == [""] * UNORDERED_MAX
     assert budget.spent(STABLE_NS, ordered=True) == ""
+    assert budget.restarts == 5000 + UNORDERED_MAX + 1
     assert f"used up its {UNORDERED_MAX} restarts" in budget.spent(STABLE_NS, ordered=False)
 
 

@@ -20,7 +20,9 @@ def test_what_this_process_uses_is_seen() -> None:
     assert before.descriptors == len(list(Path("/proc/self/fd").iterdir())) - 1
     # A mapping of its own: an allocator may have room left from tests before.
     held = mmap.mmap(-1, 8 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    held.write(os.urandom(1) * (8 << 20))
+    piece = os.urandom(1) * (64 << 10)  # a larger one might stay in the heap
+    for _ in range(128):
+        held.write(piece)
     fds = [os.dup(0) for _ in range(5)]
     try:
         after = use_of(os.getpid())
