@@ -97,9 +97,9 @@ class Samples:
             vcpus = [pid for child, pid in self._pids().items() if child.role == "vcpu"]
             outcome.memory = private_memory_mib(vcpus[:: -(-len(vcpus) // USS_SAMPLES_MAX)])
 
-    def daemon_down(self, daemon: int, now_ns: int) -> None:
-        """It has died: an outage begins."""
-        self._outcome.outage.down(daemon, now_ns, self._watch.outage_reading())
+    def daemon_down(self, daemon: int, epoch: int, now_ns: int) -> None:
+        """An incarnation has died: an outage begins."""
+        self._outcome.outage.down(daemon, epoch, now_ns, self._watch.outage_reading())
 
     def _pids_by_role(self) -> dict[str, list[int]]:
         """Process ids of this run, the launcher's and the zygote's too."""

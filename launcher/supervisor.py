@@ -121,7 +121,7 @@ class Supervisor:
             save_at_ns,
             elsewhere=frozenset(d for d, daemon in enumerate(topology.swapd) if daemon.connect),
         )
-        self._watch = Watch(resources.segments, [vm.vcpus for vm in topology.vm])
+        self._watch = Watch(resources.segments, [vm.vcpus for vm in topology.vm], len(topology.swapd))
         self._live = Live(self._watch)
         self._samples = Samples(self.outcome, self._watch, lambda: self._life.pids, zygote.pid, began_ns)
         self.outcome.outage.expected = bool(topology.fault) or any(
@@ -226,7 +226,7 @@ class Supervisor:
                     how = self._life.how(child.name, describe_status(status))
                     self._deaths.note(Blamed(child, how, now_ns, pid))
                     if child.role == "swapd" and self._life.phase is not Phase.OVER:
-                        self._samples.daemon_down(child.number, now_ns)
+                        self._samples.daemon_down(child.number, child.epoch, now_ns)
                     self._perform(self._life.on_exited(child, status, now_ns))
                 case Gone():
                     self._zygote_gone = True
