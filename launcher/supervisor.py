@@ -144,6 +144,10 @@ class Supervisor:
         self._orphans = Orphans(zygote.pid)
 
     @property
+    def _is_saving(self) -> bool:
+        return self._life.phase is Phase.SAVING
+
+    @property
     def signals_seen(self) -> int:
         """Signals that were dealt with."""
         return self._signals_seen
@@ -226,7 +230,7 @@ class Supervisor:
                     how = self._life.how(child.name, describe_status(status))
                     self._deaths.note(Blamed(child, how, now_ns, pid))
                     if child.role == "swapd" and self._life.phase is not Phase.OVER:
-                        self._samples.daemon_down(child.number, child.epoch, now_ns)
+                        self._samples.daemon_down(child.number, child.epoch, now_ns, saving=self._is_saving)
                     self._perform(self._life.on_exited(child, status, now_ns))
                 case Gone():
                     self._zygote_gone = True
@@ -287,10 +291,9 @@ class Supervisor:
         if now_ns - self._stall_checked_ns > STALL_CHECK_NS:
             self._stall_checked_ns = now_ns
             self._perform(self._life.on_stalled(self._pcpu.stalled(now_ns, STALL_NS)))
-        if self.outcome.at_start is not None:
-            self._samples.turn(now_ns)
-            if self._chaos is not None:
-                self._on_faults(self._chaos, now_ns)
+        self._samples.turn(now_ns, saving=self._is_saving)
+        if self.outcome.at_start is not None and self._chaos is not None:
+            self._on_faults(self._chaos, now_ns)
         if self._progress.due():
             self._show(now_ns)
 
