@@ -5,7 +5,7 @@ A daemon's incarnations are numbered (epochs). The launcher reports that one is 
 
 Invariants: an epoch is admitted only when the one before it is fenced, and never again; answers of an epoch that is over reach no
 machine; pages in messages are written only into landing frames of requests in flight; a round sends each daemon one message for each
-`BATCH_MAX` requests.
+`BATCH_MAX` requests; which incarnation of each daemon was connected last is in shared memory (`DW_*`) for those who look at outages.
 
 Not handled here: which requests there are and when they are sent again (host/swap.py), connections to daemons elsewhere
 (host/remote.py, which admits and gives up by this class), who a peer is (host/peers.py).
@@ -19,13 +19,14 @@ from typing import Any, Final, Protocol
 import numpy as np
 
 from host import events as ev
-from host.memory import HostMemory
+from host.memory import HostMemory, U64Array
 from host.outbox import Outbox
 from host.peers import Handler, Peer, Peers, observe, only_launcher
 from host.run_clock import RunClock
 from host.setup import ShellObserver
 from host.swap import SwapMachine, op_of
 from proto import wire
+from proto.layout import DW_EPOCH, DW_GONE, control_words, daemons_base
 from proto.stats import HostCounter
 from proto.topology import Topology
 from proto.trace import TraceWriter
@@ -44,6 +45,7 @@ class Shell(Protocol):
     """What is needed of the host's shell."""
 
     topology: Topology
+    control: U64Array
     swap: SwapMachine
     memory: HostMemory
     obs: ShellObserver
@@ -103,6 +105,9 @@ class DaemonLinks:
     def __init__(self, shell: Shell) -> None:
         self._shell = shell
         self.daemons = [Daemon(d.transport == "tcp" or bool(d.connect)) for d in shell.topology.swapd]
+        vms = len(shell.topology.vm)
+        self._words = shell.control[daemons_base(vms) : control_words(vms, len(self.daemons))]
+        """DW_* of each daemon."""
         self._waiting: dict[int, list[ev.SendIo]] = {}
         """Requests of this round, by daemon."""
         self.on_up: list[Callable[[], None]] = []
@@ -154,6 +159,7 @@ class DaemonLinks:
         daemon.early = None
         daemon.unanswered = 0
         daemon.reported = False
+        self._words[number] = DW_EPOCH + epoch
         self._shell.send(identity, wire.Welcome(epoch, self._model_on(number)))
         self._shell.feed(self._shell.swap, ev.DaemonUp(number, epoch))
         for told in self.on_up:
@@ -214,6 +220,7 @@ class DaemonLinks:
         if daemon.gone:
             return
         daemon.gone = reason
+        self._words[number] = DW_GONE
         if daemon.up:
             # Elsewhere: its pages come in messages only, and none of them is taken any more.
             daemon.up = False

@@ -294,13 +294,15 @@ class RemoteDaemons:
         """Of a daemon that is there, or of its successor. That it was away is told to those who look at outages."""
         silent_ns, daemon.heard_ns = daemon.heard_ns, time.monotonic_ns()
         known = self._shell.links.daemons[daemon.number]
-        if not known.up or (not successor and daemon.heard_ns - silent_ns < SILENCE_NS):
-            return
+        if known.up and (successor or daemon.heard_ns - silent_ns >= SILENCE_NS):
+            self._was_away(silent_ns, daemon.heard_ns)
+
+    def _was_away(self, silent_ns: int, over_ns: int) -> None:
+        """A daemon, from its last sign of life to the next one, or until it was given up."""
         obs = self._shell.obs
         obs.gauge(HostCounter.SILENT_NS, silent_ns)
-        obs.gauge(HostCounter.HEARD_NS, daemon.heard_ns)
+        obs.gauge(HostCounter.HEARD_NS, over_ns)
         obs.count(HostCounter.SILENCES)
-        obs.count(HostCounter.RESTARTS_ELSEWHERE, int(successor))
 
     # -- time ----------------------------------------------------------------------------------------------
     def heartbeat(self, number: int, now_ns: int) -> None:
@@ -327,6 +329,8 @@ class RemoteDaemons:
     def _give_up(self, daemon: RemoteDaemon, why: str) -> None:
         text = f"swapd-{daemon.number} at {daemon.endpoint} {why}"
         if daemon.base is not None:
+            if self._shell.links.daemons[daemon.number].up:
+                self._was_away(daemon.heard_ns, time.monotonic_ns())
             self._shell.links.give_up(daemon.number, text)
         else:
             self._shell.clock.fail(text)

@@ -262,7 +262,6 @@ class SwapMachine(Machine):
         daemon.epoch = event.epoch
         daemon.state = DAEMON.go(daemon.state, "hello")
         if again:
-            self.obs.count(HostCounter.RESTARTS)
             self.obs.count(HostCounter.OUTAGE_NS, self.now_ns - self._outage_since_ns[event.daemon])
         self.obs.trace(Kind.DAEMON_UP, a=event.daemon, b=event.epoch)
         for index, other in enumerate(self.daemons):

@@ -5,7 +5,8 @@ Purpose: `OutageMeter` is told now and then how much the guests have done and wh
 the beginnings of all outages on top of each other (`Slots`).
 
 Two kinds of outages: of a daemon of this machine, which begins when its end is known here (`down`) and ends when the host has connected
-its successor; and of a daemon elsewhere, which the host reports when it is over, with the last sign of life as its beginning.
+its successor, or goes on without it for good; and of a daemon elsewhere, which the host reports when it is over, with the last sign of
+life as its beginning.
 
 Invariants: memory is bounded, however long the run and however many the outages; work between two samples counts as done evenly between
 them; a slot that reaches into a neighbouring outage, or beyond what was measured, belongs to no average. Pure: every call is told the
@@ -49,14 +50,15 @@ RUN_SLOTS_MAX: Final = 1000
 
 
 class Reading(NamedTuple):
-    """Figures of one moment, all of them counts that only grow.
+    """Figures of one moment, which only grow while one set of processes runs.
 
-    work: of each VM. back: daemons of this machine that came back. silences: outages of daemons elsewhere that are over; silent_ns,
-    heard_ns: the last one of them, from the last sign of life to the next, monotonic.
+    work: of each VM. epochs: of each daemon, the incarnation that the host connected last, -1 before the first, more than any epoch when it
+    is gone for good. silences: outages of daemons elsewhere that are over; silent_ns, heard_ns: the last one of them, from the last sign of
+    life to its end, monotonic.
     """
 
     work: tuple[int, ...]
-    back: int = 0
+    epochs: tuple[int, ...] = ()
     silences: int = 0
     silent_ns: int = 0
     heard_ns: int = 0
@@ -169,7 +171,7 @@ class OutageMeter:
     _history: History | None = None
     _slots: Slots | None = None
     _down: dict[int, int] = field(default_factory=dict)
-    """Daemons of this machine that are away, and the count of returns when they went."""
+    """Daemons of this machine that are away, each with the epoch that is awaited. Not how many: others may return, or go, meanwhile."""
     _since_ns: int = 0
     """Beginning of the outage under way; 0: there is none."""
     _over: tuple[int, int] | None = None
@@ -224,21 +226,22 @@ class OutageMeter:
         if reading.silences > self._silences:
             self._silences = reading.silences
             self._was_silent(reading.silent_ns - self._moved_ns, reading.heard_ns - self._moved_ns)
-        if self._down and reading.back >= max(self._down.values()) + len(self._down):
-            self._down.clear()
-            self._close(at_ns)
+        if self._down:
+            self._down = {d: epoch for d, epoch in self._down.items() if reading.epochs[d] < epoch}
+            if not self._down:
+                self._close(at_ns)
         if self._over is not None and at_ns >= self._over[0] + LAST_MS * MS:
             self._complete(at_ns)
 
-    def down(self, daemon: int, now_ns: int, reading: Reading) -> None:
-        """A daemon of this machine ended."""
+    def down(self, daemon: int, epoch: int, now_ns: int, reading: Reading) -> None:
+        """An incarnation of a daemon of this machine ended; the next one is awaited."""
         if not self._samples:
             return
         self.sample(now_ns, reading)
         if not self._down:
             self._open(now_ns - self._moved_ns)
-        # A daemon that died again before it was connected is one that is missing, not two.
-        self._down[daemon] = reading.back
+        # A daemon that died again before it was connected is still the same one that is missing.
+        self._down[daemon] = epoch + 1
 
     def stop(self, now_ns: int, reading: Reading) -> None:
         """The measured time is over, and with it an outage that is not."""

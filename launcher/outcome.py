@@ -1,6 +1,7 @@
 """What becomes of a run: how it ended, and what its summary needs of the time while it went on.
 
-Invariants: what is sampled belongs to the measured time, from the barrier to the stop; a run in several sets of processes has one outcome.
+Invariants: what is sampled belongs to the measured time, from the barrier to the stop, and not to the time in which guests are saved and
+restored; a run in several sets of processes has one outcome.
 
 Not handled here: when the measured time begins and what ends a run (launcher/supervisor.py), how figures are read (launcher/watch.py) and
 what is made of them (report/).
@@ -64,6 +65,7 @@ class Samples:
         self._zygote_pid = zygote_pid
         self._began_ns = began_ns
         self._memory_due_ns = 0
+        self._begun = False
 
     def started(self, now_ns: int) -> None:
         """Every vCPU has booted: the wait is over."""
@@ -73,6 +75,7 @@ class Samples:
     def begin(self, now_ns: int, start_ns: int, seconds: float) -> None:
         """The measured time runs since ``start_ns``, for ``seconds``."""
         outcome = self._outcome
+        self._begun = True
         if outcome.at_start is None:
             outcome.at_start = self._watch.snapshot(now_ns)
         outcome.outage.begin(now_ns, self._watch.outage_reading())
@@ -81,10 +84,13 @@ class Samples:
         self.started(now_ns)
         outcome.usage.begin(now_ns, seconds)
 
-    def turn(self, now_ns: int) -> None:
-        """After `begin`: take what is due."""
+    def turn(self, now_ns: int, *, saving: bool = False) -> None:
+        """Take what is due; nothing before `begin`. saving: the order to save was given, the guests stand still or are about to."""
+        if not self._begun:
+            return
         outcome = self._outcome
-        outcome.outage.sample(now_ns, self._watch.outage_reading())
+        if not saving:
+            outcome.outage.sample(now_ns, self._watch.outage_reading())
         if outcome.at_stop is None and self._watch.stopped():
             # Before the copy of all figures, which is the launcher's own and only made now.
             outcome.usage.end(now_ns, self._pids_by_role())
@@ -97,9 +103,10 @@ class Samples:
             vcpus = [pid for child, pid in self._pids().items() if child.role == "vcpu"]
             outcome.memory = private_memory_mib(vcpus[:: -(-len(vcpus) // USS_SAMPLES_MAX)])
 
-    def daemon_down(self, daemon: int, now_ns: int) -> None:
-        """It has died: an outage begins."""
-        self._outcome.outage.down(daemon, now_ns, self._watch.outage_reading())
+    def daemon_down(self, daemon: int, epoch: int, now_ns: int, *, saving: bool = False) -> None:
+        """An incarnation has died: an outage begins, unless no guest could notice it."""
+        if self._begun and not saving:
+            self._outcome.outage.down(daemon, epoch, now_ns, self._watch.outage_reading())
 
     def _pids_by_role(self) -> dict[str, list[int]]:
         """Process ids of this run, the launcher's and the zygote's too."""

@@ -121,7 +121,7 @@ class Supervisor:
             save_at_ns,
             elsewhere=frozenset(d for d, daemon in enumerate(topology.swapd) if daemon.connect),
         )
-        self._watch = Watch(resources.segments, [vm.vcpus for vm in topology.vm])
+        self._watch = Watch(resources.segments, [vm.vcpus for vm in topology.vm], len(topology.swapd))
         self._live = Live(self._watch)
         self._samples = Samples(self.outcome, self._watch, lambda: self._life.pids, zygote.pid, began_ns)
         self.outcome.outage.expected = bool(topology.fault) or any(
@@ -142,6 +142,10 @@ class Supervisor:
         self._poller.register(signals.fileno(), zmq.POLLIN)
         self._link = HostLink(run_dir, key, self._poller)
         self._orphans = Orphans(zygote.pid)
+
+    @property
+    def _is_saving(self) -> bool:
+        return self._life.phase is Phase.SAVING
 
     @property
     def signals_seen(self) -> int:
@@ -228,7 +232,7 @@ class Supervisor:
                     if self._chaos is not None:
                         self._chaos.ended(child.role, child.number)
                     if child.role == "swapd" and self._life.phase is not Phase.OVER:
-                        self._samples.daemon_down(child.number, now_ns)
+                        self._samples.daemon_down(child.number, child.epoch, now_ns, saving=self._is_saving)
                     self._perform(self._life.on_exited(child, status, now_ns))
                 case Gone():
                     self._zygote_gone = True
@@ -289,10 +293,9 @@ class Supervisor:
         if now_ns - self._stall_checked_ns > STALL_CHECK_NS:
             self._stall_checked_ns = now_ns
             self._perform(self._life.on_stalled(self._pcpu.stalled(now_ns, STALL_NS)))
-        if self.outcome.at_start is not None:
-            self._samples.turn(now_ns)
-            if self._chaos is not None:
-                self._on_faults(self._chaos, now_ns)
+        self._samples.turn(now_ns, saving=self._is_saving)
+        if self.outcome.at_start is not None and self._chaos is not None:
+            self._on_faults(self._chaos, now_ns)
         if self._progress.due():
             self._show(now_ns)
 

@@ -3,7 +3,8 @@
 Anonymous memory (RssAnon of /proc/PID/status, exact in current kernels): what a process allocated, and of the zygote's what it shares
 since the fork. Neither shared segments nor the mapped event file count: their size is fixed.
 
-Invariants: a sample is one small file and one stat per process, and there are at most SAMPLES of them.
+Invariants: a sample is one small file and one stat per process; one is due every SAMPLES-th of the measured time, but not more often than
+every EVERY_MIN_NS, and one more is taken at its end.
 
 Not handled here: what the samples mean (report/growth.py).
 """
@@ -18,6 +19,7 @@ from typing import Final
 from report.growth import S, Sample, Use, groups
 
 SAMPLES: Final = 32
+"""As many are due in the measured time, beside the one at its end."""
 EVERY_MIN_NS: Final = 1 * S
 """Two samples of the same moment tell nothing."""
 _ANON: Final = re.compile(rb"^RssAnon:\s+(\d+) kB", re.MULTILINE)

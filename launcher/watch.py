@@ -19,6 +19,7 @@ import numpy.typing as npt
 from launcher.outage import Reading
 from proto.layout import (
     CTL_STOP,
+    DW_EPOCH,
     K_DONE,
     MODE_IN_GUEST,
     T_FAULT_NS,
@@ -32,6 +33,8 @@ from proto.layout import (
     VP_DOORBELL,
     VP_STATE,
     VP_TASK,
+    control_words,
+    daemons_base,
 )
 from proto.segments import Segment
 from proto.stats import HostCounter, StatsBlock, host_block
@@ -46,8 +49,10 @@ KIB_PER_MIB: Final = 1024
 class Watch:
     """Views of the segments of a run. They must not be used after the segments were closed."""
 
-    def __init__(self, segments: Mapping[str, Segment], vm_vcpus: Sequence[int] = ()) -> None:
-        """segments: of one run, mapped in this process. vm_vcpus: vCPUs of each VM, for `outage_reading`."""
+    def __init__(
+        self, segments: Mapping[str, Segment], vm_vcpus: Sequence[int] = (), daemons: int = 0
+    ) -> None:
+        """segments: of one run, mapped in this process. vm_vcpus: vCPUs of each VM, daemons: how many, both for `outage_reading`."""
         self._vcpus: npt.NDArray[np.uint64] = segments["vcpus"].u64.reshape(-1, WORDS_PER_PAGE)
         self._stats = segments["stats"].u64
         self._control = segments["control"].u64
@@ -56,6 +61,8 @@ class Watch:
             segments[f"kernel-{v}"].u64 for v in range(sum(name.startswith("kernel-") for name in segments))
         ]
         self._tasks = [task_records(kernel) for kernel in self._kernels]
+        vms = len(self._kernels)
+        self._daemons = self._control[daemons_base(vms) : control_words(vms, daemons)]
         self._first_vcpus = np.cumsum([0, *vm_vcpus[:-1]])
 
     def work(self) -> int:
@@ -66,11 +73,9 @@ class Watch:
         """What outages are measured by."""
         silences = self._host.get(HostCounter.SILENCES)
         work = np.add.reduceat(self._vcpus[:, VP_COUNTERS + VC_WORK], self._first_vcpus)
-        # One that never comes back is dealt with as well.
-        dealt_with = self._host.get(HostCounter.RESTARTS) + self._host.get(HostCounter.DAEMONS_GONE)
-        back = dealt_with - self._host.get(HostCounter.RESTARTS_ELSEWHERE)
+        epochs = tuple(word - DW_EPOCH for word in self._daemons.tolist())
         silent_ns, heard_ns = self._host.get(HostCounter.SILENT_NS), self._host.get(HostCounter.HEARD_NS)
-        return Reading(tuple(work.tolist()), back, silences, silent_ns, heard_ns)
+        return Reading(tuple(work.tolist()), epochs, silences, silent_ns, heard_ns)
 
     def all_booted(self) -> bool:
         """Whether every vCPU has left guest mode at least once, which it does for its boot."""

@@ -3,7 +3,7 @@
 Five kinds of segments (sizes in proto/segments.py, the map for readers in docs/memory-map.md):
 
 * ``frames``      host physical memory, 4 KiB frames
-* ``control``     run-wide words, then one 4 KiB page per VM (`VMC_*`)
+* ``control``     run-wide words, then one 4 KiB page per VM (`VMC_*`), then one word per daemon (`DW_*`)
 * ``vcpus``       one 4 KiB page per vCPU (`VP_*`): state word, doorbell, registers, counters
 * ``npt-V``       nested page table of VM V: 512-entry tables, table 0 is the root
 * ``kernel-V``    the guest kernel of VM V (`K_*`, task records `T_*`, sleeper nodes `N_*`): unswappable kernel memory, shared by its vCPUs
@@ -14,6 +14,8 @@ One writer per cache line (8 words), except words that are only touched by atomi
 from __future__ import annotations
 
 from typing import Final
+
+from proto.units import WORDS_PER_PAGE
 
 LINE: Final = 8
 
@@ -34,6 +36,14 @@ VMC_OFFLINE: Final = 8
 """16 words: bitmap of the CPUs that the run wants offline (1024 bits)."""
 VMC_REBOOTS: Final = 24
 """How many reboots the run has asked for."""
+
+# ---- control segment, behind the pages of the VMs: word d is that of daemon d, written by the host ----------------------------------
+DW_NEVER: Final = 0
+"""No incarnation of the daemon was connected yet."""
+DW_EPOCH: Final = 1
+"""1 + epoch of the incarnation that the host connected last; it stays when that one ends."""
+DW_GONE: Final = 1 << 63
+"""The daemon never comes back, and the host goes on without it. More than the word of any epoch."""
 
 # ---- vCPU page ----------------------------------------------------------------------------------------------------------------------
 VP_STATE: Final = 0
@@ -341,6 +351,16 @@ NPT_D: Final = 0x200
 NPT_ADDR: Final = 0x000F_FFFF_FFFF_F000
 
 TLB_ENTRIES: Final = 2048
+
+
+def daemons_base(vms: int) -> int:
+    """Word index of the word of daemon 0 in the control segment."""
+    return (1 + vms) * WORDS_PER_PAGE
+
+
+def control_words(vms: int, daemons: int) -> int:
+    """Size of the control segment in words."""
+    return daemons_base(vms) + daemons
 
 
 def task_base(tasks: int, vcpus: int) -> int:

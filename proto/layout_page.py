@@ -14,6 +14,7 @@ BEGIN: Final = "<!-- tables: python -m proto.layout_page docs/memory-map.md -->"
 SECTIONS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
     ("Run page (page 0 of `control`)", ("CTL_",)),
     ("VM page (page 1 + v of `control`)", ("VMC_",)),
+    ("Word of a daemon (word d behind the VM pages of `control`)", ("DW_",)),
     ("vCPU page", ("VP_", "XF_")),
     ("Counters in the vCPU page, from word `VP_COUNTERS`", ("VC_",)),
     ("Guest kernel segment: header, owners and sleeper hash", ("K_", "OWNER_", "B_")),

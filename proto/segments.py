@@ -28,7 +28,7 @@ import numpy.typing as npt
 from proto import pcpu, stats
 from proto.errors import UserError
 from proto.faults import words_needed
-from proto.layout import kernel_words, npt_tables
+from proto.layout import control_words, kernel_words, npt_tables
 from proto.topology import PAGES_PER_MIB, Topology
 from proto.units import PAGE_SIZE
 
@@ -146,7 +146,7 @@ def plan(
     cpus = sum(vm.vcpus for vm in vms)
     sizes = {
         "frames": topology.host.allowance_mib * MIB,
-        "control": (1 + len(vms)) * PAGE_SIZE,
+        "control": control_words(len(vms), len(topology.swapd)) * 8,
         "vcpus": cpus * PAGE_SIZE,
         "pcpu": pcpu.pcpu_words(cpus) * 8,
         "stats": stats.stats_words(cpus, len(topology.swapd)) * 8,

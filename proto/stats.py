@@ -92,8 +92,6 @@ class HostCounter(IntEnum):
     """Replies for another epoch or an answered request."""
     BAD_MESSAGES = 25
     RESENT = 26
-    RESTARTS = 27
-    """Daemons started again."""
     FENCES = 28
     KICKS = 29
     """vCPUs forced out of guest mode."""
@@ -135,13 +133,12 @@ class HostCounter(IntEnum):
     FRAMES_REFUSED = 67
     """Second reads that were not made, because no frame was free for them."""
     SILENCES = 75
-    """Times when a daemon elsewhere was not heard and came back: a new incarnation, or the same after a second or more."""
+    """Times when a daemon elsewhere was not heard, until it came back (a new incarnation, or the same after a second or more) or was given
+    up."""
     SILENT_NS = 76
     """The last of these: monotonic time of the last sign of life before it. Written before SILENCES counts it."""
     HEARD_NS = 77
     """And when it was over."""
-    RESTARTS_ELSEWHERE = 78
-    """Of RESTARTS, those of daemons elsewhere."""
     OOM_NOTICES = 70
     """Times a guest was told to give memory back: no frame, no swap slot, and nothing on its way out."""
     OOM_KILLS = 71

@@ -1,12 +1,13 @@
 """When tasks that waited for a page went on after an outage of swap daemons, from the merged events of a run.
 
-An outage is over when the host has connected the successors of all daemons that it had lost (DAEMON_UP). Who waits at that moment:
+An outage is over when the host has connected the successors of all daemons that it had lost (DAEMON_UP), or goes on without those that
+never come back (DAEMON_GONE), also of daemons elsewhere. Who waits at that moment:
 
 * a task whose kernel was told "page not present" for a token and that has not gone on (G_NP to G_RESUME),
 * a vCPU that the host halted for a page, and with it its task (HALT_ON to HALT_OFF; halted again for the same page, it never went on),
 * a vCPU that the host holds for a page (HELD, which says afterwards how long).
 
-The resume of the outage is the time from DAEMON_UP, as the host saw it, until the last of them went on, as the guest saw it (for a held
+The resume of the outage is the time from then, as the host saw it, until the last of them went on, as the guest saw it (for a held
 vCPU: when the host let it go). It contains the re-sent reads, the mapping, the wake-up, the wait for a CPU, and what the vCPU's clock
 is behind: it takes the wake-up when its own time has come. The part up to the last page (ASYNC_PF_COMPLETED, or the end of the hold or
 halt) is told apart. Who waits for a page of another daemon, or for a frame that a write to the dead one was to free, counts, too. When
@@ -40,6 +41,7 @@ K_G_RESUME: Final = int(Kind.G_RESUME)
 K_DAEMON_UP: Final = int(Kind.DAEMON_UP)
 K_DAEMON_DOWN: Final = int(Kind.DAEMON_DOWN)
 K_FENCED: Final = int(Kind.FENCED)
+K_DAEMON_GONE: Final = int(Kind.DAEMON_GONE)
 K_BARRIER: Final = int(Kind.BARRIER)
 K_HELD: Final = int(Kind.HELD)
 VCPU_BITS: Final = 0xFFF
@@ -173,7 +175,7 @@ def watch_waits(w: Waits, events: Events, start: int) -> int:
             _held(w, i64(e["t_ns"]) - i64(e["a"]), i64(e["t_ns"]))
         elif kind == K_BARRIER:
             w.g[G_BARRIER] = 1
-        elif kind in (K_DAEMON_UP, K_DAEMON_DOWN, K_FENCED):
+        elif kind in (K_DAEMON_UP, K_DAEMON_DOWN, K_FENCED, K_DAEMON_GONE):
             if w.g[G_OUTAGES] == len(w.outages):
                 return i
             _daemon_event(w, e, kind)
@@ -302,11 +304,12 @@ def _daemon_event(w: Waits, e: Any, kind: int) -> None:
     daemon = i64(e["a"])
     if daemon < 0 or daemon >= len(w.down):
         return
-    if kind != K_DAEMON_UP:
+    if kind in (K_DAEMON_DOWN, K_FENCED):
         # FENCED, too: of one that died before it said HELLO there is no DAEMON_DOWN.
         w.g[G_DOWN] += 1 - w.down[daemon]
         w.down[daemon] = 1
         return
+    # One that is gone is missed no more than one that is up: what was asked of it is asked elsewhere, or has failed.
     if not w.down[daemon]:
         return
     w.down[daemon] = 0
@@ -317,7 +320,7 @@ def _daemon_event(w: Waits, e: Any, kind: int) -> None:
 
 @kernel
 def _outage_over(w: Waits, up_ns: int) -> None:
-    """All daemons are there: whoever waits now is waited for. Who has waited through the outage before, too, is that one's no more."""
+    """No daemon is awaited: whoever waits now is waited for. Who has waited through the outage before, too, is that one's no more."""
     number = w.g[G_OUTAGES]
     w.g[G_OUTAGES] = number + 1
     waiting = 0

@@ -32,6 +32,8 @@ def test_a_daemon_that_never_comes_back_is_done_without(runner: Runner) -> None:
     ended = killed_for_good(runner, *REPLICAS)
     summary = assert_good(ended)
     assert summary["totals"]["daemons_gone"] == 1
+    assert summary["outage"]["count"] == 1
+    assert summary["outage"]["down_ms"]["max"] == summary["outage"]["total_ms"] > 0, "it ended"
     assert summary["integrity"]["checksum_errors"] == summary["totals"]["machine_checks"] == 0
     assert summary["replicas"]["single_copies"] > 0
     texts = [text for text in summary["warnings"] if "swapd-0 used up its 0 restarts" in text]

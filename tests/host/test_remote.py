@@ -15,7 +15,7 @@ from host import events as ev
 from host.remote import SILENCE_NS
 from host.shell import HostShell
 from proto import link, segments, wire
-from proto.layout import K_TASKS
+from proto.layout import DW_EPOCH, DW_GONE, K_TASKS, daemons_base
 from proto.lives import DaemonState, PageState
 from proto.run import ELSEWHERE, RunContext, SwapFileInfo
 from proto.stats import HostCounter
@@ -136,15 +136,21 @@ def count(world: World, what: HostCounter) -> int:
     return int(world.shell.obs.stats.get(what))
 
 
+def shown(world: World, daemon: int) -> int:
+    """What shared memory says about a daemon."""
+    return int(world.shell.control[daemons_base(1) + daemon])
+
+
 def test_epochs_are_counted_from_0_here_and_from_the_first_offer_there(attached: World) -> None:
     daemon = attached.shell.swap.daemons[0]
     assert (daemon.epoch, daemon.state) == (0, DaemonState.UP)
-    assert count(attached, HostCounter.RESTARTS) == 0
+    assert shown(attached, 0) == DW_EPOCH
     attached.shell.remote.heartbeat(0, time.monotonic_ns())
     assert attached.says(wire.Ping).epoch == FIRST
     attached.say(wire.Offer(FIRST + 3, 7, SLOTS, 1))
     assert attached.says(wire.Welcome, 2).epoch == FIRST + 3
     assert (daemon.epoch, daemon.state) == (3, DaemonState.UP)
+    assert shown(attached, 0) == DW_EPOCH + 3
     assert count(attached, HostCounter.FENCES) == 1
 
 
@@ -159,14 +165,14 @@ def test_time_without_a_sign_of_life_is_told_when_it_is_over(attached: World) ->
     attached.until(lambda: count(attached, HostCounter.SILENCES) == 1)
     assert count(attached, HostCounter.SILENT_NS) == last_ns
     assert count(attached, HostCounter.HEARD_NS) == daemon.heard_ns
-    assert count(attached, HostCounter.RESTARTS_ELSEWHERE) == 0, "the same process goes on"
+    assert shown(attached, 0) == DW_EPOCH, "the same process goes on"
 
 
 def test_a_successor_ends_an_outage_however_short(attached: World) -> None:
     last_ns = attached.shell.remote.daemons[0].heard_ns
     attached.say(wire.Offer(FIRST + 2, 7, SLOTS, 1))
     attached.says(wire.Welcome, 2)
-    assert count(attached, HostCounter.SILENCES) == count(attached, HostCounter.RESTARTS_ELSEWHERE) == 1
+    assert count(attached, HostCounter.SILENCES) == 1
     assert count(attached, HostCounter.SILENT_NS) == last_ns
     attached.say(wire.Offer(FIRST, 7, SLOTS, 1), wire.Pong(FIRST, 1))
     attached.until(lambda: count(attached, HostCounter.STALE_REPLIES) > 0)
@@ -238,10 +244,14 @@ LOSSES: dict[str, Callable[[World], None]] = {
 @pytest.mark.parametrize("how", LOSSES)
 def test_with_replicas_the_run_does_without_it(beside: World, how: str) -> None:
     slot = stored(beside, 9)
+    last_ns = beside.shell.remote.daemons[0].heard_ns
     LOSSES[how](beside)
     beside.until(lambda: beside.shell.swap.daemons[0].state is DaemonState.GONE)
     assert beside.shell.told == []
     assert count(beside, HostCounter.DAEMONS_GONE) == 1
+    assert (shown(beside, 0), shown(beside, 1)) == (DW_GONE, DW_EPOCH)
+    assert count(beside, HostCounter.SILENCES) == 1, "it was away until the run went on without it"
+    assert last_ns == count(beside, HostCounter.SILENT_NS) < count(beside, HostCounter.HEARD_NS)
     assert len(beside.shell.swap.copies.copies(slot)) == 1
     assert count(beside, HostCounter.SINGLE_COPIES) == 1
     if how == "silent":
@@ -254,6 +264,7 @@ def test_with_replicas_the_run_does_without_it(beside: World, how: str) -> None:
         "what it had said before is late and not bad"
     )
     assert beside.shell.swap.daemons[0].state is DaemonState.GONE, "for this run it stays so"
+    assert count(beside, HostCounter.SILENCES) == 1, "who is gone gives no sign of life"
 
 
 def test_pages_that_only_it_has_end_the_run(beside: World) -> None:

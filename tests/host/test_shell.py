@@ -14,7 +14,16 @@ from host.daemon_links import BEATS_MAX
 from host.setup import BAD_TRACED_MAX
 from host.shell import HostShell
 from proto import link, segments, wire
-from proto.layout import CTL_BARRIER, CTL_START_NS, CTL_STOP, K_TASKS
+from proto.layout import (
+    CTL_BARRIER,
+    CTL_START_NS,
+    CTL_STOP,
+    DW_EPOCH,
+    DW_GONE,
+    DW_NEVER,
+    K_TASKS,
+    daemons_base,
+)
 from proto.lives import DaemonState
 from proto.run import RunContext, SwapFileInfo
 from proto.stats import HostCounter
@@ -65,6 +74,11 @@ def shell(tmp_path: Path) -> Iterator[Shell]:
         segment.close()
 
 
+def shown(shell: Shell) -> int:
+    """What shared memory says about the daemon."""
+    return int(shell.control[daemons_base(1)])
+
+
 def daemon(epoch: int) -> bytes:
     return link.swapd_identity(0, epoch)
 
@@ -75,13 +89,16 @@ def hello(epoch: int) -> wire.Hello:
 
 def test_a_successor_whose_hello_overtakes_the_reports_is_admitted_after_the_fence(shell: Shell) -> None:
     shell.say(link.launcher_identity(), wire.Hello(wire.Role.LAUNCHER, 0, 0, 1))
+    assert shown(shell) == DW_NEVER
     shell.say(daemon(0), hello(0))
     shell.say(daemon(1), hello(1))
     assert len(shell.answers(wire.Welcome)) == 1, "its predecessor has not been fenced"
     shell.say(link.launcher_identity(), wire.DaemonDown(0, 0))
     assert len(shell.answers(wire.Welcome)) == 1
+    assert shown(shell) == DW_EPOCH, "not back before it is connected"
     shell.say(link.launcher_identity(), wire.DaemonFenced(0, 0))
     assert shell.answers(wire.Welcome)[-1].epoch == 1
+    assert shown(shell) == DW_EPOCH + 1
     assert shell.swap.daemons[0].state is DaemonState.UP
     assert shell.answers(wire.NackMsg) == []
 
@@ -93,8 +110,10 @@ def test_an_early_successor_that_dies_is_forgotten(shell: Shell) -> None:
         shell.say(link.launcher_identity(), wire.DaemonDown(0, epoch))
     shell.say(link.launcher_identity(), wire.DaemonFenced(0, 1))
     assert len(shell.answers(wire.Welcome)) == 1
+    assert shown(shell) == DW_EPOCH
     shell.say(daemon(2), hello(2))
     assert shell.answers(wire.Welcome)[-1].epoch == 2
+    assert shown(shell) == DW_EPOCH + 2
 
 
 def test_a_stale_incarnation_gets_nowhere(shell: Shell) -> None:
@@ -141,6 +160,7 @@ def test_a_daemon_that_is_gone_ends_a_run_without_replicas_and_cannot_come_back(
     shell.say(launcher, wire.DaemonDown(0, 0))
     shell.say(launcher, wire.DaemonGone(0, "swapd-0 is tired"))
     assert len(shell.answers(wire.NackMsg)) == 2, "its reads may still land"
+    assert shown(shell) == DW_EPOCH
     shell.say(launcher, wire.DaemonFenced(0, 0))
     for _ in range(2):
         shell.say(launcher, wire.DaemonGone(0, "swapd-0 is tired"))
@@ -148,6 +168,7 @@ def test_a_daemon_that_is_gone_ends_a_run_without_replicas_and_cannot_come_back(
     assert shell.swap.daemons[0].state is DaemonState.GONE
     shell.say(daemon(1), hello(1))
     assert shell.answers(wire.NackMsg)[-1].code == Nack.STALE_EPOCH
+    assert shown(shell) == DW_GONE
 
 
 def perform(shell: Shell, *effects: Any) -> None:

@@ -20,13 +20,14 @@ from proto.layout import (
     CTL_BARRIER,
     CTL_START_NS,
     CTL_STOP,
+    DW_EPOCH,
     VC_EXITS,
     VC_READS_CHECKED,
     VC_WORK,
     VP_COUNTERS,
+    daemons_base,
 )
 from proto.run import RunContext
-from proto.stats import HostCounter, host_block
 from proto.units import WORDS_PER_PAGE
 
 POLL_MS = 10
@@ -38,7 +39,6 @@ class _Host:
     def __init__(self, ctx: RunContext) -> None:
         self.ctx = ctx
         self.script = ctx.topology.run.name
-        self.stats = host_block(ctx.segments["stats"].u64)
         self.control = ctx.segments["control"].u64
         self.context = link.new_context()
         self.router = link.bind_router(self.context, ctx.endpoint)
@@ -87,12 +87,10 @@ class _Host:
     def _hello(self, identity: bytes, role: int, number: int, epoch: int) -> None:
         self.hellos.add(identity)
         self.router.send_multipart([identity, wire.encode(wire.Welcome(epoch, 0))])
-        if role == wire.Role.SWAPD and epoch:
-            self.stats.add(HostCounter.RESTARTS)
-            if self.script == "hang" and epoch == 1:
+        if role == wire.Role.SWAPD:
+            self.control[daemons_base(len(self.ctx.topology.vm)) + number] = DW_EPOCH + epoch
+            if self.script == "hang" and epoch < 2:
                 self._tell(wire.RestartWanted(number, epoch, "no heartbeat"))
-        if role == wire.Role.SWAPD and self.script == "hang" and epoch == 0:
-            self._tell(wire.RestartWanted(number, epoch, "no heartbeat"))
         topology = self.ctx.topology
         if not self.start_s and len(self.hellos) >= topology.total_vcpus + len(topology.swapd):
             if self.script == "refuses":

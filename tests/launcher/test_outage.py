@@ -9,6 +9,7 @@ import pytest
 
 from launcher import outage
 from launcher.outage import HISTORY_SAMPLES, MS, OUTAGES_IN_FULL, SLOTS, History, OutageMeter, Reading
+from proto.layout import DW_EPOCH, DW_GONE
 from report.outage import FIRST_MS, LAST_MS, SLOT_MS
 
 S = 1000 * MS
@@ -24,14 +25,18 @@ class Run:
     vms: int = 1
     now_ns: int = START
     work: float = 5e9
-    back: int = 0
+    epochs: list[int] = field(default_factory=lambda: [0, 0, 0])
+    """Of each daemon, the incarnation that the host has connected last."""
+    newest: list[int] = field(default_factory=lambda: [0, 0, 0])
+    """Of each daemon, the last incarnation that was started."""
     silences: int = 0
     silent_ns: int = 0
     heard_ns: int = 0
 
     @property
     def reading(self) -> Reading:
-        return Reading((int(self.work),) * self.vms, self.back, self.silences, self.silent_ns, self.heard_ns)
+        work, epochs = (int(self.work),) * self.vms, tuple(self.epochs)
+        return Reading(work, epochs, self.silences, self.silent_ns, self.heard_ns)
 
     def begin(self) -> Run:
         self.meter.begin(self.now_ns, self.reading)
@@ -44,11 +49,24 @@ class Run:
             self.meter.sample(self.now_ns, self.reading)
 
     def down(self, daemon: int = 0) -> None:
-        self.meter.down(daemon, self.now_ns, self.reading)
+        """It ends, and its successor is started."""
+        self.meter.down(daemon, self.newest[daemon], self.now_ns, self.reading)
+        self.newest[daemon] += 1
 
-    def up(self, number: int = 1) -> None:
-        self.back += number
+    def up(self, daemon: int = 0) -> None:
+        """The successor is connected."""
+        self.epochs[daemon] = self.newest[daemon]
         self.meter.sample(self.now_ns, self.reading)
+
+    def gone(self, daemon: int = 0) -> None:
+        """The host goes on without it for good."""
+        self.epochs[daemon] = DW_GONE - DW_EPOCH
+        self.meter.sample(self.now_ns, self.reading)
+
+    def fresh(self) -> Run:
+        """Another set of processes goes on from an image."""
+        self.epochs, self.newest = [0, 0, 0], [0, 0, 0]
+        return self.begin()
 
 
 def test_work_is_split_by_outage() -> None:
@@ -158,22 +176,119 @@ def test_a_daemon_that_dies_again_before_it_was_back_is_one_outage() -> None:
 
 
 def test_an_outage_lasts_until_all_daemons_are_back() -> None:
-    run = Run(back=4).begin()
+    run = Run().begin()
     run.down(0)
     run.go_on(100, 1)
     run.down(1)
     run.go_on(100, 1)
-    run.up()
+    run.up(1)
     assert run.meter.is_down()
     run.go_on(100, 1)
-    run.up()
+    run.up(0)
     assert not run.meter.is_down()
     assert run.meter.summary()["total_ms"] == 300
 
 
+def test_one_that_has_returned_is_not_awaited_again_when_another_goes() -> None:
+    run = Run().begin()
+    for _ in range(3):
+        run.go_on(1000, 10)
+        run.down(0)
+        run.down(1)
+        run.go_on(100, 1)
+        run.up(0)
+        run.down(2)
+        run.go_on(100, 1)
+        run.up(1)
+        assert run.meter.is_down(), "daemon 2 is away"
+        run.go_on(100, 1)
+        run.up(2)
+        assert not run.meter.is_down()
+    found = run.meter.summary()
+    assert (found["count"], found["total_ms"]) == (3, 900)
+    assert found["down_ms"] == {"median": 300, "max": 300}
+
+
+def test_a_successor_that_dies_before_it_was_connected_is_awaited_no_more() -> None:
+    run = Run().begin()
+    run.down(0)
+    run.down(1)
+    run.go_on(100, 1)
+    run.down(0)
+    run.up(1)
+    run.go_on(100, 1)
+    assert run.meter.is_down(), "it is the successor of the successor that is to come"
+    run.up(0)
+    assert run.meter.summary()["total_ms"] == 200
+
+
+def test_one_that_was_back_between_two_looks_and_died_again_is_two_outages() -> None:
+    run = Run().begin()
+    run.down()
+    run.go_on(100, 1)
+    run.epochs[0] = 1
+    run.down()
+    run.go_on(50, 1)
+    run.up()
+    found = run.meter.summary()
+    assert (found["count"], found["total_ms"], found["down_ms"]["max"]) == (2, 150, 100)
+
+
+def test_an_outage_ends_when_the_host_goes_on_without_the_daemon() -> None:
+    run = Run().begin()
+    run.down(0)
+    run.down(1)
+    run.go_on(100, 1)
+    run.gone(0)
+    assert run.meter.is_down()
+    run.go_on(100, 1)
+    run.up(1)
+    assert not run.meter.is_down()
+    run.down(1)
+    run.go_on(100, 1)
+    run.up(1)
+    found = run.meter.summary()
+    assert (found["count"], found["total_ms"], found["down_ms"]["max"]) == (2, 300, 200)
+
+
+def test_another_daemon_that_is_given_up_meanwhile_ends_no_outage() -> None:
+    run = Run().begin()
+    run.down(0)
+    run.go_on(100, 1)
+    run.gone(2)
+    run.go_on(900, 1)
+    assert run.meter.is_down()
+    run.up(0)
+    assert run.meter.summary()["down_ms"]["max"] == 1000
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_it_is_down_exactly_while_somebody_is_away(seed: int) -> None:
+    rng = random.Random(seed)
+    run, away = Run().begin(), set[int]()
+    gone = set[int]()
+    outages = 0
+    for _ in range(200):
+        run.go_on(10 * rng.randrange(3), 1)
+        daemon = rng.choice([d for d in range(3) if d not in gone])
+        if daemon not in away or rng.random() < 0.3:
+            outages += not away
+            away.add(daemon)
+            run.down(daemon)
+        elif len(gone) < 2 and rng.random() < 0.02:
+            away.remove(daemon)
+            gone.add(daemon)
+            run.gone(daemon)
+        else:
+            away.remove(daemon)
+            run.up(daemon)
+        assert run.meter.is_down() == bool(away)
+    assert run.meter.count == outages
+
+
 def test_a_run_without_outage_has_no_figure_for_it() -> None:
     meter = OutageMeter()
-    meter.down(0, S, Reading((0,)))
+    meter.down(0, 0, S, Reading((0,)))
     meter.sample(2 * S, Reading((0,)))
     meter.stop(3 * S, Reading((0,)))
     found = meter.summary()
@@ -208,15 +323,19 @@ def test_time_in_which_the_guests_stood_still_is_left_out() -> None:
     run.go_on(1000, 10)
     run.down()
     run.go_on(100, 10)
+    run.up()
+    run.down()
+    run.go_on(100, 10)
     run.now_ns += 7 * S
-    run.begin()
+    run.fresh()
     assert not run.meter.is_down(), "the daemons of the next set of processes are fresh"
     run.go_on(1000, 10)
     run.down()
     run.go_on(50, 10)
+    assert run.meter.is_down(), "that an incarnation of this number was there before does not count"
     run.up()
     found = run.meter.summary()
-    assert found["total_ms"] == 150
+    assert (found["count"], found["total_ms"]) == (3, 250)
     assert found["work_per_100ms_up"] == found["work_per_100ms_down"] == 1000
 
 

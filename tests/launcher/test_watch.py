@@ -10,6 +10,9 @@ import pytest
 from launcher.live import STALLED_NS, Live
 from launcher.watch import Watch
 from proto.layout import (
+    DW_EPOCH,
+    DW_GONE,
+    DW_NEVER,
     K_DONE,
     T_FAULT_NS,
     T_STATE,
@@ -19,6 +22,8 @@ from proto.layout import (
     TS_SLEEPING,
     VC_WORK,
     VP_COUNTERS,
+    control_words,
+    daemons_base,
 )
 from proto.segments import Segment, create
 from proto.stats import HostCounter, host_block, stats_words
@@ -43,7 +48,7 @@ def segments() -> Iterator[dict[str, Segment]]:
         ),
         _kernel([{T_STATE: TS_HALTING, T_FAULT_NS: old}, {T_STATE: TS_DONE, T_FAULT_NS: old}]),
     ]
-    sizes = {"control": PAGE_SIZE, "vcpus": 4 * PAGE_SIZE, "stats": stats_words(4, 1) * 8}
+    sizes = {"control": control_words(2, 4) * 8, "vcpus": 4 * PAGE_SIZE, "stats": stats_words(4, 1) * 8}
     made = create(sizes | {f"kernel-{v}": kernel.nbytes for v, kernel in enumerate(kernels)})
     for v, kernel in enumerate(kernels):
         made[f"kernel-{v}"].u64[: len(kernel)] = kernel
@@ -60,6 +65,19 @@ def test_tasks_that_wait_for_long_are_counted(segments: dict[str, Segment]) -> N
     assert watch.waiting_tasks(NOW, 50 * STALLED_NS) == 0
     assert watch.waiting_tasks(5, S) == 0, "a bound before the clock began"
     assert watch.tasks_done() == (1, 5)
+
+
+def test_outages_are_measured_by_the_work_of_each_vm_and_the_epoch_of_each_daemon(
+    segments: dict[str, Segment],
+) -> None:
+    segments["vcpus"].u64.reshape(-1, WORDS_PER_PAGE)[:, VP_COUNTERS + VC_WORK] = [1, 2, 30, 40]
+    words = segments["control"].u64[daemons_base(2) :]
+    words[:4] = [DW_EPOCH + 7, DW_NEVER, DW_EPOCH, DW_GONE]
+    reading = Watch(segments, [2, 2], 4).outage_reading()
+    assert reading.work == (3, 70)
+    assert reading.epochs[:3] == (7, -1, 0)
+    assert reading.epochs[3] > 1 << 32, "later than any that could be awaited"
+    assert len(reading.epochs) == 4
 
 
 def test_the_line_has_rates_of_the_time_since_the_last_one(segments: dict[str, Segment]) -> None:

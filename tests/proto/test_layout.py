@@ -17,7 +17,7 @@ def test_the_memory_map_page_is_the_code() -> None:
     assert with_tables(page) == page, "run: python -m proto.layout_page docs/memory-map.md"
 
 
-@pytest.mark.parametrize("prefix", ["T_", "VC_", "N_", "CTL_", "VMC_", "B_"])
+@pytest.mark.parametrize("prefix", ["T_", "VC_", "N_", "CTL_", "VMC_", "DW_", "B_"])
 def test_words_of_a_record_do_not_overlap(prefix: str) -> None:
     values = [c.value for c in constants() if c.name.startswith(prefix)]
     assert len(values) == len(set(values))
@@ -28,6 +28,13 @@ def test_records_fit() -> None:
     assert max(by_prefix["T_"]) < layout.TASK_WORDS
     assert max(by_prefix["N_"]) < layout.NODE_WORDS
     assert max(by_prefix["VC_"]) < layout.VP_COUNTERS_LEN
+
+
+@pytest.mark.parametrize("vms", [1, 3])
+def test_words_of_daemons_are_behind_the_pages_of_the_vms(vms: int) -> None:
+    assert layout.daemons_base(vms) == (1 + vms) * 512
+    assert layout.control_words(vms, 700) == layout.daemons_base(vms) + 700
+    assert layout.DW_NEVER < layout.DW_EPOCH <= layout.DW_EPOCH + (1 << 32) < layout.DW_GONE < 1 << 64
 
 
 def test_doorbell_has_a_cache_line_of_its_own() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import fcntl
 import os
@@ -244,7 +245,7 @@ def test_plan_names_every_segment_with_whole_pages() -> None:
     )
     sizes = plan(topology, [4, 6], [0, 5000], {"trace-0": 100_000})
     assert sizes["frames"] == 24 * MIB
-    assert sizes["control"] == 3 * 4096
+    assert sizes["control"] == 4 * 4096
     assert sizes["vcpus"] == 5 * 4096
     assert sizes["npt-0"] == npt_tables(48 * 256) * 4096
     assert sizes["npt-1"] == npt_tables(16 * 256) * 4096
@@ -259,3 +260,5 @@ def test_plan_names_every_segment_with_whole_pages() -> None:
     assert sizes["trace-0"] == 25 * 4096
     assert all(size % 4096 == 0 and size > 0 for size in sizes.values())
     assert len(sizes) == 5 + 2 * 3 + 1
+    many = dataclasses.replace(topology, swapd=(Swapd(),) * 513)
+    assert plan(many, [4, 6], [0, 5000], {})["control"] == 5 * 4096

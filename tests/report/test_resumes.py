@@ -149,6 +149,62 @@ def test_a_successor_that_died_before_its_hello_prolongs_the_outage() -> None:
     assert log.outages() == [(1, 2.0)]
 
 
+def test_it_is_over_when_the_host_goes_on_without_the_daemon() -> None:
+    log = Log()
+    log.sleep(5, 1)
+    log.add(10, Kind.DAEMON_DOWN, a=0, b=0)
+    log.add(10, Kind.FENCED, a=0, b=0)
+    log.add(12, Kind.DAEMON_GONE, a=0, b=0)
+    log.add(15, Kind.ASYNC_PF_COMPLETED, token=1 << 12)
+    log.go_on(20, 1)
+    assert log.outages() == [(1, 8.0)]
+    assert log.pages == [3.0]
+
+
+def test_one_that_is_gone_hides_no_later_outage() -> None:
+    log = Log()
+    log.add(10, Kind.DAEMON_DOWN, a=0, b=0)
+    log.add(10, Kind.FENCED, a=0, b=0)
+    log.add(10, Kind.DAEMON_GONE, a=0, b=0)
+    for epoch in (1, 2, 3):
+        log.sleep(100 * epoch, epoch)
+        log.outage(100 * epoch + 1, 100 * epoch + 50, daemon=1, epoch=epoch)
+        log.go_on(100 * epoch + 50 + epoch, epoch)
+    for at_a_time in (1, 1000):
+        assert log.outages(at_a_time) == [(0, 0.0), (1, 1.0), (1, 2.0), (1, 3.0)]
+
+
+def test_one_that_is_gone_while_another_is_away_does_not_end_the_outage() -> None:
+    log = Log()
+    log.sleep(5, 1)
+    log.add(10, Kind.DAEMON_DOWN, a=0, b=0)
+    log.add(11, Kind.DAEMON_DOWN, a=1, b=0)
+    log.add(12, Kind.FENCED, a=0, b=0)
+    log.add(13, Kind.DAEMON_GONE, a=0, b=0)
+    log.add(40, Kind.DAEMON_UP, a=1, b=1)
+    log.go_on(45, 1)
+    assert log.outages() == [(1, 5.0)]
+
+
+def test_a_daemon_elsewhere_is_lost_and_gone_at_once() -> None:
+    log = Log()
+    log.sleep(5, 1)
+    for kind in (Kind.DAEMON_DOWN, Kind.FENCED, Kind.DAEMON_GONE):
+        log.add(70, kind, a=2, b=0)
+    log.go_on(74, 1)
+    log.outage(100, 110)
+    assert log.outages() == [(1, 4.0), (0, 0.0)]
+
+
+def test_one_that_goes_twice_or_was_never_missed_is_no_outage() -> None:
+    log = Log()
+    log.add(10, Kind.DAEMON_GONE, a=0, b=0)
+    log.add(11, Kind.DAEMON_GONE, a=0, b=0)
+    assert log.outages() == []
+    log.outage(20, 30, daemon=1)
+    assert log.outages() == [(0, 0.0)], "nor does it change the count of those that are away"
+
+
 def test_a_held_vcpu_says_so_afterwards() -> None:
     log = Log()
     log.add(9, Kind.HELD, cpu=1, a=3 * MS)
@@ -244,6 +300,9 @@ def test_events_that_no_run_records_do_no_harm() -> None:
     log.add(6, Kind.DAEMON_DOWN, a=2**64 - 1)
     log.add(7, Kind.DAEMON_UP, a=2**64 - 1)
     log.add(7, Kind.DAEMON_UP, a=DAEMONS_MAX)
+    log.add(7, Kind.DAEMON_GONE, a=2**64 - 1)
+    log.add(7, Kind.DAEMON_GONE, a=DAEMONS_MAX)
+    log.add(7, Kind.DAEMON_GONE, a=DAEMONS_MAX - 1)
     log.add(8, Kind.HELD, a=2**64 - 1)
     log.add(9, Kind.G_NP, token=0xFFFF_FFFF)
     log.outage(10, 20)
