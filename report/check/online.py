@@ -12,7 +12,9 @@ Not handled here: when turns are made and by which thread (launcher/online.py), 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -114,16 +116,21 @@ class OnlineCheck:
 
     def _open_new(self) -> None:
         """Look for new files; of a daemon that has a successor nothing more will come."""
-        for path in self._in_folder():
-            if path.stem not in self._seen and path.stat().st_size >= HEADER_BYTES:
+        for path in self._new_in_folder():
+            if path.stat().st_size >= HEADER_BYTES:
                 self._seen.add(path.stem)
                 self._missing.discard(path.stem)
                 self._files[path.stem] = _File(LiveFile(path))
                 self._retire(path.stem)
 
-    def _in_folder(self) -> list[Path]:
-        """Event files, those of a daemon in the order of its epochs."""
-        return sorted(self._folder.glob(f"*{SUFFIX}"), key=lambda path: (len(path.stem), path.stem))
+    def _new_in_folder(self) -> list[Path]:
+        """Event files that were not opened yet, those of a daemon in the order of its epochs."""
+        # By name first: each restart of a daemon leaves a file, and each turn comes here.
+        names: list[str] = []
+        with suppress(FileNotFoundError), os.scandir(self._folder) as entries:
+            names = [entry.name.removesuffix(SUFFIX) for entry in entries if entry.name.endswith(SUFFIX)]
+        new = sorted((name for name in names if name not in self._seen), key=lambda name: (len(name), name))
+        return [self._folder / f"{name}{SUFFIX}" for name in new]
 
     def _retire(self, name: str) -> None:
         """Close the files of earlier daemons of that number, whose last events are of no use to anybody."""
@@ -222,9 +229,7 @@ class OnlineCheck:
         self._files.clear()
 
     def _files_at_the_end(self) -> None:
-        for path in self._in_folder():
-            if path.stem in self._seen:
-                continue
+        for path in self._new_in_folder():
             self._seen.add(path.stem)
             try:
                 self._files[path.stem] = _File(LiveFile(path))
