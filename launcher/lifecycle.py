@@ -29,6 +29,8 @@ MS: Final = 1_000_000
 S: Final = 1_000_000_000
 STABLE_NS: Final = 200 * MS
 """A daemon that lived this long had a start that worked."""
+HELLO_NS: Final = 15 * S
+"""A daemon that the host has not connected so long after its start hangs: many times what a start takes with 256 vCPUs on two cores."""
 SAVED: Final = "saved"
 """How a set of processes ended that left an image."""
 UNORDERED_MAX: Final = 1000
@@ -281,6 +283,16 @@ class Lifecycle:
         self.phase = Phase.STOPPING
         self._deadline_ns = now_ns + self.bounds.stop_ns
         return [Tell(wire.Stop("interrupted"))]
+
+    def on_connected(self, epochs: Sequence[int], now_ns: int) -> list[Effect]:
+        """``epochs``: of each daemon, the one that the host connected last. One that hangs before that has nobody else who would notice."""
+        if self.phase is Phase.OVER:
+            return []
+        return [
+            Kill(Child("swapd", d, state.epoch), state.pid)
+            for d, (state, epoch) in enumerate(zip(self._daemons, epochs, strict=True))
+            if state.pid and epoch < state.epoch and now_ns - state.started_ns > HELLO_NS
+        ]
 
     def on_stalled(self, cpus: Sequence[int]) -> list[Effect]:
         """These vCPUs hold a run token and make no progress."""

@@ -293,6 +293,7 @@ class Supervisor:
         if now_ns - self._stall_checked_ns > STALL_CHECK_NS:
             self._stall_checked_ns = now_ns
             self._perform(self._life.on_stalled(self._pcpu.stalled(now_ns, STALL_NS)))
+            self._perform(self._life.on_connected(self._watch.epochs(), now_ns))
         self._samples.turn(now_ns, saving=self._is_saving)
         if self.outcome.at_start is not None and self._chaos is not None:
             self._on_faults(self._chaos, now_ns)

@@ -69,11 +69,15 @@ class Watch:
         """Work units of all vCPUs so far."""
         return int(self._vcpus[:, VP_COUNTERS + VC_WORK].sum())
 
+    def epochs(self) -> tuple[int, ...]:
+        """Of each daemon the incarnation that the host connected last; -1 before the first, more than any epoch when it is gone."""
+        return tuple(word - DW_EPOCH for word in self._daemons.tolist())
+
     def outage_reading(self) -> Reading:
         """What outages are measured by."""
         silences = self._host.get(HostCounter.SILENCES)
         work = np.add.reduceat(self._vcpus[:, VP_COUNTERS + VC_WORK], self._first_vcpus)
-        epochs = tuple(word - DW_EPOCH for word in self._daemons.tolist())
+        epochs = self.epochs()
         silent_ns, heard_ns = self._host.get(HostCounter.SILENT_NS), self._host.get(HostCounter.HEARD_NS)
         return Reading(tuple(work.tolist()), epochs, silences, silent_ns, heard_ns)
 

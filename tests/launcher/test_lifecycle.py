@@ -8,6 +8,7 @@ import signal
 import pytest
 
 from launcher.lifecycle import (
+    HELLO_NS,
     QUICK_DEATHS_MAX,
     SAVED,
     STABLE_NS,
@@ -233,6 +234,20 @@ def test_a_hanging_daemon_is_killed_once_per_epoch() -> None:
     assert life.on_host(wanted, S) == [], "its successor is not meant"
     assert life.on_host(wire.RestartWanted(0, 1, "x"), S) == [], "not forked yet: its death will be noticed"
     assert life.on_host(wire.RestartWanted(7, 0, "x"), S) == [], "no such daemon"
+
+
+def test_a_daemon_that_hangs_before_the_host_has_connected_it_is_killed() -> None:
+    life = _running(limits=(1000, 1000))
+    assert life.on_connected((0, 0), 2 * HELLO_NS) == []
+    assert life.on_connected((-1, 0), HELLO_NS) == [], "it has that long"
+    assert life.on_connected((-1, 0), HELLO_NS + 1) == [Kill(Child("swapd", 0, 0), 200)]
+    life.on_exited(Child("swapd", 0, 0), KILLED, 2 * HELLO_NS)
+    assert life.on_connected((0, 0), 4 * HELLO_NS) == [], "there is no process of its successor yet"
+    life.on_forked(Child("swapd", 0, 1), 300)
+    assert life.on_connected((0, 0), 3 * HELLO_NS) == []
+    assert life.on_connected((0, 0), 4 * HELLO_NS) == [Kill(Child("swapd", 0, 1), 300)]
+    assert life.on_connected((1, 0), 4 * HELLO_NS) == []
+    assert life.on_connected((1 << 62, 0), 4 * HELLO_NS) == [], "gone for good"
 
 
 def test_scheduled_faults_hit_only_what_lives_while_the_run_is_measured() -> None:
