@@ -466,6 +466,12 @@ class SlotsLost(NamedTuple):
     fatal: bool
 
 
+class WritesStand(NamedTuple):
+    """``stand``: no daemon takes writes from now on; else one does again."""
+
+    stand: bool
+
+
 class SwapOutDone(NamedTuple):
     """``ok``: ``slot`` holds the page. Not ok: the page stays in memory; ``full`` when there was no slot."""
 

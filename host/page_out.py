@@ -6,6 +6,8 @@ Invariants
   answered.
 * When swap is full, pages that found no slot are stuck (F_STUCK): reclaim passes them over and goes on with those that have one. Each
   slot that comes back lets one of them try again.
+* While no daemon takes writes, pages that would have to be written are stuck, too, and those that need no write are dropped: whoever needs
+  a frame and no page from swap goes on. When a daemon is back, all of them may try again.
 
 Not handled here: which pages go and when nobody reaches them (host/reclaim.py), where slots lie (host/swap.py), what happens when no
 frame can change its page any more (host/shortage.py).
@@ -17,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from host.events import PagesLost, SlotFree, SlotsLost, SwapOut, SwapOutDone
+from host.events import PagesLost, SlotFree, SlotsLost, SwapOut, SwapOutDone, WritesStand
 from host.kernels import F_DIRTY, F_STUCK, F_WRITEBACK, F_YOUNG, F_ZEROED, HPT_READING, HPT_SLOT, HPT_WRITING
 from proto.stats import HostCounter
 from proto.trace import Kind
@@ -29,7 +31,18 @@ if TYPE_CHECKING:
 class PageOut:
     """Writes of all pages, from the end of the grace to the free frame."""
 
-    __slots__ = ("_flags", "_frame", "_m", "_serial", "_slot", "_state", "_writes", "coming", "swap_full")
+    __slots__ = (
+        "_flags",
+        "_frame",
+        "_m",
+        "_serial",
+        "_slot",
+        "_state",
+        "_writes",
+        "coming",
+        "stand",
+        "swap_full",
+    )
 
     def __init__(self, machine: VmMachine) -> None:
         self._m = machine
@@ -43,6 +56,8 @@ class PageOut:
         self.coming = 0
         """Frames that will be free when writes under way are acknowledged, unless their pages are taken back: pages in WRITING."""
         self.swap_full = False
+        self.stand = False
+        """No daemon takes writes."""
 
     def evicted(self, hvp: int) -> None:
         """Nobody translates to this page any more: its contents and its dirty bit are final."""
@@ -59,6 +74,9 @@ class PageOut:
                 self._slot[hvp] = -1
                 self.free_slot(slot)
             self._drop(hvp, "drop_zero")
+        elif self.stand:
+            m.move(hvp, "keep")
+            self._flags[hvp] = flags | F_DIRTY | F_STUCK
         else:
             m.move(hvp, "write")
             self.coming += 1
@@ -156,6 +174,13 @@ class PageOut:
             if len(stuck):
                 flags[stuck[0]] &= 255 - F_STUCK
             self.swap_full = len(stuck) > 1
+
+    def writes_stand(self, event: WritesStand) -> None:
+        """See the events."""
+        self.stand = event.stand
+        if not event.stand:
+            self._m.flags[:] &= 255 - F_STUCK
+            self.swap_full = False
 
     @property
     def stuck(self) -> int:

@@ -71,7 +71,7 @@ class Reclaim:
         if m.frames.free_count < m.limits.low or starving:
             self.under_way = True
         while self.under_way:
-            coming = self.in_grace + m.page_out.coming
+            coming = self.in_grace + (0 if m.page_out.stand else m.page_out.coming)
             missing = m.limits.high - m.frames.free_count - coming
             if missing <= 0:
                 self.under_way = m.frames.free_count < m.limits.high

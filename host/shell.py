@@ -138,7 +138,7 @@ class HostShell:
                     *(ev.GetPage, ev.Translate, ev.Fetch, ev.CancelFetch, ev.GuestRead32, ev.GuestWrite32),
                     *(ev.CancelPage, ev.ReleasePages, ev.MemoryGiven, ev.NoticeLost),
                     *(ev.SwapInDone, ev.SwapOutDone, ev.LendFrame, ev.FrameBack, ev.SlotsLost),
-                    ev.ReadCancelled,
+                    *(ev.ReadCancelled, ev.WritesStand),
                 ),
                 self._to_vm,
             ),

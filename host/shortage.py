@@ -57,7 +57,8 @@ class Shortage:
     def look(self) -> None:
         """Somebody waits for a frame and swap is full: is it bad enough?"""
         m = self._m
-        if self.open or self._over or m.giveback.pending:
+        if self.open or self._over or m.giveback.pending or m.page_out.stand:
+            # What no daemon takes now may well be taken by the next.
             return
         movable = m.memory.frame_count - m.page_out.stuck + m.page_out.slots_coming
         if movable - m.limits.reserve < m.limits.least and m.waiters.starved(urgent=False):

@@ -40,6 +40,7 @@ from host.events import (
     SwapInBad,
     SwapOut,
     SwapOutDone,
+    WritesStand,
 )
 from host.observe import Observer
 from host.reads import Reads
@@ -82,6 +83,7 @@ class SwapMachine(Machine):
         self.reads = Reads(self, hedge_ns if replicas > 1 else 0)
         self._singles = 0
         self._next_id = 2
+        self._writes_stand = False
         self._outage_since_ns = [0] * len(self.daemons)
         self._handlers: dict[type[Any], Callable[[Any], None]] = {
             SwapIn: self.reads.swap_in,
@@ -264,6 +266,7 @@ class SwapMachine(Machine):
         if again:
             self.obs.count(HostCounter.OUTAGE_NS, self.now_ns - self._outage_since_ns[event.daemon])
         self.obs.trace(Kind.DAEMON_UP, a=event.daemon, b=event.epoch)
+        self._tell_of_writes()
         for index, other in enumerate(self.daemons):
             if other.state is not _UP:
                 self.reads.turn_to_others(index)
@@ -278,7 +281,15 @@ class SwapMachine(Machine):
             return
         self._outage_since_ns[event.daemon] = self.now_ns
         self.obs.trace(Kind.DAEMON_DOWN, a=event.daemon, b=event.epoch)
+        self._tell_of_writes()
         self.reads.turn_to_others(event.daemon)
+
+    def _tell_of_writes(self) -> None:
+        """The vm machine wants to know whether frames of pages that are written will be free soon."""
+        stand = not any(daemon.state is _UP for daemon in self.daemons)
+        if stand != self._writes_stand:
+            self._writes_stand = stand
+            self.emit(WritesStand(stand))
 
     def _daemon_fenced(self, event: DaemonFenced) -> None:
         """From here no byte of the old epoch can land: what is still wanted of it is sent again, oldest first, into the same frames."""

@@ -57,6 +57,7 @@ from host.events import (
     SwapInDone,
     SwapOutDone,
     Translate,
+    WritesStand,
 )
 from host.frames import Frames
 from host.giveback import GiveBack
@@ -148,6 +149,7 @@ class VmMachine(Machine):
             LendFrame: self.page_in.lend,
             FrameBack: self.page_in.frame_back,
             SlotsLost: self.page_out.slots_lost,
+            WritesStand: self.page_out.writes_stand,
             SwapOutDone: self.page_out.done,
             ReadCancelled: self.giveback.cancelled,
             LookAtGrace: lambda _: None,

@@ -190,6 +190,7 @@ PAGE: Final = Transitions(
         Arrow("drop_untouched", PageState.EVICT, PageState.NONE, "zero-filled and never written"),
         Arrow("drop_zero", PageState.EVICT, PageState.ZERO, "all zeros by now"),
         Arrow("write", PageState.EVICT, PageState.WRITING, "nobody translates to it any more: summed, then written"),
+        Arrow("keep", PageState.EVICT, PageState.RESIDENT, "it would have to be written, and no daemon takes writes: it stays, dirty"),
         Arrow("written", PageState.WRITING, PageState.SLOT, "the write was acknowledged"),
         Arrow("keep", PageState.WRITING, PageState.RESIDENT, "the write failed or swap is full: it stays, dirty"),
         Arrow("give_back", PageState.ZERO, PageState.NONE, "the guest does not need it any more"),

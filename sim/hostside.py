@@ -84,7 +84,7 @@ class HostSide:
         self._effects: dict[type[Any], Handler] = {
             ev.GetPage: to_vm, ev.Translate: to_vm, ev.Fetch: to_vm, ev.CancelFetch: to_vm, ev.GuestRead32: to_vm,
             ev.GuestWrite32: to_vm, ev.SwapInDone: to_vm, ev.SwapOutDone: to_vm, ev.LendFrame: to_vm, ev.FrameBack: to_vm,
-            ev.SlotsLost: to_vm, ev.ReadCancelled: to_vm,
+            ev.SlotsLost: to_vm, ev.ReadCancelled: to_vm, ev.WritesStand: to_vm,
             ev.SwapIn: to_swap, ev.SwapInBad: to_swap, ev.SwapOut: to_swap, ev.SlotFree: to_swap, ev.FrameLent: to_swap,
             ev.CancelRead: to_swap, ev.Answer: to_vcpu, ev.Fetched: to_vcpu, ev.MemoryShort: self._memory_short,
             **dict.fromkeys((ev.CancelPage, ev.ReleasePages, ev.MemoryGiven, ev.NoticeLost), to_vm),

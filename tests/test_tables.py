@@ -133,6 +133,7 @@ SHOWN_BY: Final[tuple[Callable[[], None], ...]] = (
         functools.partial(test_giveback.test_a_page_given_back_reads_as_zeros, state)
         for state in test_giveback.WAYS
     ),
+    test_vm.test_pages_that_need_no_write_are_dropped_while_no_daemon_is_up,
     test_vm.test_store_during_write_back_cancels_the_slot_until_the_reply,
     test_vm.test_zero_fill_is_synchronous_and_populates_a_block,
     test_state.test_a_running_vcpu_is_kicked_and_stops_at_its_exit,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from host import events as ev
@@ -69,7 +71,7 @@ def test_duplicate_and_foreign_replies_are_dropped_and_counted() -> None:
 def test_unanswered_requests_are_sent_again_only_after_fence_and_new_epoch() -> None:
     swap, obs = holding()
     (first,) = sent(write(swap, 1))
-    assert swap.on([ev.DaemonLost(0, 0)], 0) == []
+    assert swap.on([ev.DaemonLost(0, 0)], 0) == [ev.WritesStand(stand=True)]
     assert sent(swap.on([ev.SwapIn(3, 0, 4)], 0)) == [], "nothing is sent to a dead daemon"
     with pytest.raises(MachineError):
         swap.on([ev.DaemonUp(0, 1)], 0)
@@ -84,6 +86,20 @@ def test_unanswered_requests_are_sent_again_only_after_fence_and_new_epoch() -> 
     assert reply(swap, first) == [], "a late reply of the old epoch means nothing"
     assert len(reply(swap, again)) == 1
     assert obs.counts[HostCounter.RESENT] == 1
+
+
+def test_writes_stand_while_no_daemon_is_up() -> None:
+    swap = SwapMachine([64, 64], Recorder())
+
+    def told(event: Any) -> list[bool]:
+        return [effect.stand for effect in swap.on([event], 0) if isinstance(effect, ev.WritesStand)]
+
+    assert told(ev.DaemonUp(0, 0)) == told(ev.DaemonUp(1, 0)) == []
+    assert told(ev.DaemonLost(0, 0)) == []
+    assert told(ev.DaemonLost(1, 0)) == [True]
+    assert told(ev.DaemonLost(1, 1)) == [], "its successor died before it was up"
+    assert told(ev.DaemonFenced(0, 0)) == []
+    assert told(ev.DaemonUp(0, 1)) == [False]
 
 
 def test_a_reply_that_was_sent_before_the_death_still_counts() -> None:

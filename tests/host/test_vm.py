@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from host import events as ev
 from host.kernels import (
     F_DIRTY,
+    F_STUCK,
     F_WRITEBACK,
     HPT_EVICT,
     HPT_NONE,
@@ -328,3 +329,69 @@ def test_frame_named_by_a_cancelled_write_is_not_reused_before_its_reply() -> No
     frames_are_accounted_for(bench)
     bench.complete(first)
     assert first.frame in bench.vm.frames.free[: bench.vm.frames.free_count].tolist()
+
+
+# -- while no daemon takes writes ------------------------------------------------------------------------------
+CLEAN = range(100, 120)
+DIRTY = range(130, 138)
+
+
+def with_clean_and_dirty_pages() -> Bench:
+    """Clean pages with a slot, and dirty ones; the daemon has died."""
+    bench = Bench(host_async=False, vcpus=2, frames=48, low=2, high=6, zero_pages=False)
+    for cpu in (0, 1):
+        bench.boot(cpu, enable=False)
+    for gfn in CLEAN:
+        bench.fill(gfn, gfn)
+        bench.swap_out(gfn)
+    for gfn in CLEAN:
+        bench.touch(gfn, write=0)
+        bench.settle()
+    for gfn in DIRTY:
+        bench.fill(gfn, gfn)
+    return bench
+
+
+def touch_more_than_is_free(bench: Bench) -> None:
+    for gfn in range(150, 150 + bench.vm.frames.free_count + 10):
+        bench.touch(gfn, cpu=1)
+        for _ in range(8):
+            bench.vcpu_pages[::WORDS] = int(bench.vmc[0]) << 2
+            bench.feed(bench.vm, ev.LookAtGrace())
+        assert 1 in bench.entries, "it needs a frame, and nothing from swap"
+
+
+def test_pages_that_need_no_write_are_dropped_while_no_daemon_is_up() -> None:
+    bench = with_clean_and_dirty_pages()
+    bench.feed(bench.swap, ev.DaemonLost(0, 0))
+    for gfn in DIRTY[:3]:
+        begin_eviction(bench, gfn)
+    touch_more_than_is_free(bench)
+    assert bench.io == [], "nobody is asked to write"
+    assert all(bench.vm.state[gfn] == HPT_RESIDENT for gfn in DIRTY)
+    assert all(bench.vm.flags[gfn] & F_STUCK for gfn in DIRTY[:3]), "they were tried, and are not tried again"
+    bench.feed(bench.swap, ev.DaemonFenced(0, 0))
+    bench.feed(bench.swap, ev.DaemonUp(0, 1))
+    assert not (bench.vm.flags & F_STUCK).any()
+    for gfn in DIRTY:
+        bench.touch(gfn, write=0)
+        bench.swap_out(gfn)
+        assert bench.vm.state[gfn] == HPT_SLOT
+    frames_are_accounted_for(bench)
+
+
+def test_pages_that_were_taken_back_from_their_write_bring_no_frame() -> None:
+    bench = with_clean_and_dirty_pages()
+    for gfn in DIRTY:
+        begin_eviction(bench, gfn)
+    bench.vcpu_pages[::WORDS] = int(bench.vmc[0]) << 2
+    bench.feed(bench.vm, ev.LookAtGrace())
+    assert bench.vm.page_out.coming == len(DIRTY)
+    for gfn in DIRTY:
+        bench.touch(gfn, write=0)
+    assert bench.vm.page_out.coming == 0
+    # The daemon is up and has not answered: what it was asked to write is in use again.
+    touch_more_than_is_free(bench)
+    bench.settle()
+    assert bench.vm.page_out.coming == 0
+    frames_are_accounted_for(bench)
