@@ -64,17 +64,21 @@ class Reclaim:
         m = self._m
         starving = m.waiters.starving
         self.found_none = False
-        if m.shortage.open or (m.page_out.swap_full and not starving):
-            # What is short now comes from a guest; and where nobody waits, more attempts would only find that there is no slot.
+        stand = m.page_out.stand
+        if m.shortage.open or ((m.page_out.swap_full or stand) and not starving):
+            # What is short now comes from a guest; and where nobody waits, more attempts would only find that there is no slot, or no
+            # daemon.
             self.under_way = False
             return
         if m.frames.free_count < m.limits.low or starving:
             self.under_way = True
         while self.under_way:
-            coming = self.in_grace + (0 if m.page_out.stand else m.page_out.coming)
-            missing = m.limits.high - m.frames.free_count - coming
+            # While no daemon takes writes, those who wait are served and nothing is laid in: what is in use is more needed.
+            wanted, writes = (starving, 0) if stand else (m.limits.high, m.page_out.coming)
+            coming = self.in_grace + writes
+            missing = wanted - m.frames.free_count - coming
             if missing <= 0:
-                self.under_way = m.frames.free_count < m.limits.high
+                self.under_way = m.frames.free_count < wanted
                 return
             if self._unmap_batch(min(missing, FLUSH_BATCH)) == 0:
                 self.found_none = starving > 0 and coming == 0 and self._evictable()

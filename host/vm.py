@@ -64,6 +64,7 @@ from host.giveback import GiveBack
 from host.host_access import HostAccess
 from host.kernels import (
     F_DIRTY,
+    F_STUCK,
     F_WRITEBACK,
     F_YOUNG,
     F_ZEROED,
@@ -295,6 +296,9 @@ class VmMachine(Machine):
             self.move(hvp, "take_back")
         if state == HPT_WRITING:
             self.page_out.taken_back(hvp)
+        elif state == HPT_EVICT and self.page_out.stand:
+            # Few pages can go then: it would be the next one to go again, before it was touched.
+            self._flags[hvp] |= F_STUCK
         if write and self._flags[hvp] & F_WRITEBACK:
             self.page_out.overwritten(hvp)
         return state != HPT_RESIDENT

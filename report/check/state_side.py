@@ -12,12 +12,14 @@ from proto.jit import lean_kernel as kernel
 from report.check.profiles import C_HALT, C_JOINED
 from report.check.records import broken, find, find_live_gfn, hold
 from report.check.state import (
+    F_NP,
     G_HASHED,
     HASH_SLOTS,
     NONE,
     NR,
     T_CR3,
     T_DIRECT,
+    T_FLAGS,
     UNKNOWN,
     V_CACHE,
     V_HALTED,
@@ -116,7 +118,9 @@ def on_mmu(s: Tables, row: int, e: Any) -> None:
     """The context in which a prefault is about to happen (I29)."""
     cr3, direct = i64(e["a"]), i64(e["b"])
     k = find(s, row, i64(e["token"]))
-    same = k < 0 or (direct == s.t[row, k, T_DIRECT] and (direct != 0 or cr3 == s.t[row, k, T_CR3]))
+    # Of one whose announcement was before the events began it is not known in which context that was.
+    told = k >= 0 and s.t[row, k, T_FLAGS] & F_NP != 0
+    same = not told or (direct == s.t[row, k, T_DIRECT] and (direct != 0 or cr3 == s.t[row, k, T_CR3]))
     s.v[row, V_MMU] = GOOD if same else STALE
 
 

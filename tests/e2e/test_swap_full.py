@@ -60,7 +60,6 @@ def judge(ended: Ended) -> None:
     assert totals["oom_kills"] == 1
     assert totals["oom_notices"] >= 1
     assert totals["pages_released"] > 500
-    assert summary["swap"]["frame_waits"] > 0
     (warning,) = [text for text in summary["warnings"] if "host memory and swap were full" in text]
     assert "tasks 2, 3, 4 (bm" in warning
     assert "3 by swap_full" in ended.stderr

@@ -258,7 +258,7 @@ class World:
             self._io.append(effect)
         elif kind in (ev.SwapIn, ev.SwapInBad, ev.SwapOut, ev.SlotFree):
             self._routed.append((self.swap, effect))
-        elif kind in (ev.SwapInDone, ev.SwapOutDone, ev.FrameBack):
+        elif kind in (ev.SwapInDone, ev.SwapOutDone, ev.FrameBack, ev.WritesStand):
             self._routed.append((self.vm, effect))
         else:
             raise AssertionError(f"unexpected: {effect}")
