@@ -116,7 +116,7 @@ def water_marks(topology: Topology) -> Limits:
 
 def least_frames(vcpus: int, frames: int) -> int:
     """Frames that must be able to change their page, or nobody gets anywhere: what an instruction of each vCPU touches."""
-    return min(PAGES_PER_INSTRUCTION * vcpus, frames // 4)
+    return min(PAGES_PER_INSTRUCTION * vcpus, frames // 2)
 
 
 def _control_page(ctx: RunContext, vm: int) -> U64Array:
