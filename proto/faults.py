@@ -54,7 +54,7 @@ STEPS: Final = {
     "read.done": Step("swapd", "swapd", "A read is over; its answer has not left yet."),
     "write.done": Step("swapd", "swapd", "A write is over; its answer has not left yet."),
     "io.done": Step("swapd", "swapd", "A read or a write is over; its answer has not left yet."),
-    "daemon.hello": Step("swapd", "swapd", "A daemon has said HELLO (a restarted one: faults begin at the start barrier)."),
+    "daemon.hello": Step("swapd", "swapd", "A daemon has said its first HELLO (a restarted one: faults begin at the start barrier)."),
 }  # fmt: skip
 """Every step that a fault may wait for (``at``)."""
 
