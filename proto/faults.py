@@ -4,11 +4,13 @@ A `Spec` is one fault. Its trigger is a step (every ``nth`` occasion of it, ``sc
 made due is pending until the one who does such things takes it: the process that sees the step, or the next read, write or message that
 the fault can happen to. So whoever counts and whoever acts may be two processes: both work on the same words.
 
-State lies in words (u64) that outlive every process of a run: `HEADER_WORDS`, then `FAULT_WORDS` for each fault. A list of integers does as
-well (the simulation).
+State lies in words (u64) that outlive every process of a run: `HEADER_WORDS`, then `FAULT_WORDS` for each fault, then for each daemon what
+faults have come to there. A list of integers does as well (the simulation).
 
-Invariants: pure, callers pass the time; nothing is due before `START_NS` and nothing becomes due after `STOP_NS`; a word has one writer at
-a time, since targets in turn hand the fault on by the word `TURN`; a process that is killed by its own fault has counted it before.
+Invariants: pure, callers pass the time; nothing is due before `START_NS` and nothing becomes due after `STOP_NS`; a process that is
+killed by its own fault has counted it before. A word has one writer at a time: targets in turn hand their fault on by the word `TURN`.
+It is written last and read first, so that who finds its own number there finds all else as the one before left it (x86-64 keeps the order
+of stores, and that of loads).
 
 Not handled here: what a fault does (swapd/faulty.py, host/faults.py, launcher/chaos.py), what a topology may ask for
 (proto/topology_faults.py).
@@ -58,6 +60,9 @@ STEPS: Final = {
 }  # fmt: skip
 """Every step that a fault may wait for (``at``)."""
 
+_DAEMON: Final = "swapd"
+"""The only role that has several targets of one fault."""
+
 NATURAL: Final = {
     **dict.fromkeys(READ_KINDS, "read.done"),
     **dict.fromkeys(WRITE_KINDS, "write.done"),
@@ -81,14 +86,15 @@ TURN: Final = 2
 FIRED: Final = 3
 LAST_NS: Final = 4
 """When it fired last."""
-UNTIL_NS: Final = 5
-"""When what it began last is over (`for_ms`)."""
-ON: Final = 6
+ON: Final = 5
 """Number of the target that it fired at last."""
 FAULT_WORDS: Final = 8
 
+UNTIL_NS: Final = 0
+"""Of each fault at each daemon, behind the faults: when what it began there last is over (`for_ms`). Written by the process that acts."""
+TARGET_WORDS: Final = 1
 BAD_WORDS: Final = 512
-"""Of each daemon, behind the faults: how many blocks went bad, then their numbers."""
+"""Of each daemon, behind its faults: how many blocks went bad, then their numbers. Written by the daemon."""
 FOREVER_NS: Final = (1 << 63) - 1
 READ_TRIES: Final = 3
 """Failed reads that a page survives at least: fewer never lose one (host/reads.py STRIKES_MAX)."""
@@ -134,7 +140,12 @@ class Firing(NamedTuple):
 
 def words_needed(faults: int, daemons: int) -> int:
     """Size of the segment `faults`, in words."""
-    return HEADER_WORDS + faults * FAULT_WORDS + daemons * BAD_WORDS
+    return _daemon_at(faults, daemons)
+
+
+def _daemon_at(faults: int, daemon: int) -> int:
+    """Where the words of a daemon begin."""
+    return HEADER_WORDS + faults * FAULT_WORDS + daemon * (faults * TARGET_WORDS + BAD_WORDS)
 
 
 def target_code(role: str, number: int) -> int:
@@ -161,6 +172,10 @@ class FaultMachine:
 
     def _put(self, spec: Spec, name: int, value: int) -> None:
         self.words[HEADER_WORDS + spec.number * FAULT_WORDS + name] = value
+
+    def _here(self, spec: Spec, daemon: int) -> int:
+        """Where the words of a fault at a daemon begin."""
+        return _daemon_at(len(self.specs), daemon) + spec.number * TARGET_WORDS
 
     # -- the time in which faults happen -------------------------------------------------------------------
     def start(self, now_ns: int) -> None:
@@ -190,7 +205,7 @@ class FaultMachine:
         for spec in specs:
             if not spec.from_ns <= since_ns < spec.until_ns:
                 continue
-            # Occasions of others do not count for a fault that waits for those of its target.
+            # Occasions of others do not count for a fault that waits for those of its target. Asked before anything else is read.
             if spec.role == role and self.target(spec) != number:
                 continue
             seen = self.word(spec, SEEN) + 1
@@ -209,7 +224,7 @@ class FaultMachine:
         return bisect_right(spec.times_ns, self.since_start(now_ns))
 
     def pending(self, spec: Spec, now_ns: int) -> bool:
-        """It is to happen now."""
+        """It is to happen now, to its target (who asks whether that is itself asks before)."""
         return self._due(spec, now_ns) > self.word(spec, TAKEN)
 
     def next_ns(self, specs: Iterable[Spec], now_ns: int) -> int | None:
@@ -232,7 +247,7 @@ class FaultMachine:
             fired += [
                 self.fire(spec, now_ns)
                 for spec in self._by_kind.get(kind, ())
-                if spec.role == role and self.pending(spec, now_ns) and self.target(spec) == number
+                if spec.role == role and self.target(spec) == number and self.pending(spec, now_ns)
             ]
         return fired
 
@@ -241,7 +256,8 @@ class FaultMachine:
         number, nth = self.target(spec), self.word(spec, FIRED) + 1
         self._put(spec, LAST_NS, now_ns)
         self._put(spec, ON, number)
-        self._put(spec, UNTIL_NS, min(FOREVER_NS, now_ns + spec.for_ns))
+        if spec.role == _DAEMON:
+            self.words[self._here(spec, number) + UNTIL_NS] = min(FOREVER_NS, now_ns + spec.for_ns)
         self._put(spec, FIRED, nth)
         self._move_on(spec, now_ns)
         return Firing(spec, number, nth)
@@ -251,22 +267,19 @@ class FaultMachine:
         self._move_on(spec, now_ns)
 
     def _move_on(self, spec: Spec, now_ns: int) -> None:
-        self._put(spec, TURN, self.word(spec, TURN) + 1)
         self._put(spec, TAKEN, self._due(spec, now_ns) if spec.merges else self.word(spec, TAKEN) + 1)
+        # Last: the next target may act from here on, and what is due to it is what is not taken.
+        self._put(spec, TURN, self.word(spec, TURN) + 1)
 
-    def open(self, kind: str, role: str, number: int, now_ns: int) -> Spec | None:
-        """A fault of this kind that goes on at this target, if there is one."""
+    def open(self, kind: str, daemon: int, now_ns: int) -> Spec | None:
+        """A fault of this kind that goes on at this daemon, if there is one."""
         for spec in self._by_kind.get(kind, ()):
-            if spec.lasts and spec.role == role and self._is_open(spec, number, now_ns):
+            if spec.lasts and self._is_open(spec, daemon, now_ns):
                 return spec
         return None
 
-    def _is_open(self, spec: Spec, number: int, now_ns: int) -> bool:
-        return (
-            self.word(spec, FIRED) > 0
-            and self.word(spec, ON) == number
-            and now_ns < self.word(spec, UNTIL_NS)
-        )
+    def _is_open(self, spec: Spec, daemon: int, now_ns: int) -> bool:
+        return now_ns < int(self.words[self._here(spec, daemon) + UNTIL_NS])
 
 
 class BadBlocks:
@@ -274,7 +287,7 @@ class BadBlocks:
 
     def __init__(self, words: Any, faults: int, daemon: int) -> None:
         self._words = words
-        self._base = HEADER_WORDS + faults * FAULT_WORDS + daemon * BAD_WORDS
+        self._base = _daemon_at(faults, daemon + 1) - BAD_WORDS
         count = min(int(words[self._base]), BAD_WORDS - 1)
         self._blocks = {int(words[self._base + 1 + i]) for i in range(count)}
 

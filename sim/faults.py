@@ -36,7 +36,8 @@ class Faults:
             Spec(i, fault.kind, _ROLE, (fault.daemon,), step=OCCASION[fault.kind], nth=fault.nth)
             for i, fault in enumerate(planned)
         ]
-        self._machine = FaultMachine(specs, [0] * words_needed(len(planned), 0))
+        daemons = 1 + max((fault.daemon for fault in planned), default=0)
+        self._machine = FaultMachine(specs, [0] * words_needed(len(planned), daemons))
         self._machine.start(_NOW_NS)
         self._left = len(planned)
         self.fired: Counter[str] = Counter()

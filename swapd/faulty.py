@@ -86,7 +86,7 @@ class DaemonFaults:
     def process(self, now_ns: int, request: int = 0) -> None:
         """Kill or stop this process, if a step of a daemon has made that due."""
         for spec in self._mine:
-            if self.machine.pending(spec, now_ns) and self.machine.target(spec) == self.daemon:
+            if self.machine.target(spec) == self.daemon and self.machine.pending(spec, now_ns):
                 self.record(self.machine.fire(spec, now_ns), request)
                 self._end(SIGNALS[spec.kind])
 
@@ -95,7 +95,7 @@ class DaemonFaults:
         for firing in self.machine.take((kind,), _ROLE, self.daemon, now_ns):
             self.record(firing, request)
             return firing
-        going_on = self.machine.open(kind, _ROLE, self.daemon, now_ns)
+        going_on = self.machine.open(kind, self.daemon, now_ns)
         return Firing(going_on, self.daemon, 0) if going_on is not None else None
 
     def record(self, firing: Firing, request: int) -> None:

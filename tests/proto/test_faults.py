@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from array import array
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from host.reads import STRIKES_MAX
 from proto.faults import (
     BAD_WORDS,
     FIRED,
+    FOREVER_NS,
     KINDS,
     LAST_NS,
     NATURAL,
@@ -138,12 +141,81 @@ def test_one_that_was_to_happen_once_waits() -> None:
 
 def test_what_lasts_is_open_at_its_target_until_its_end() -> None:
     made = machine(timed(10, kind="slow", for_ns=5 * MS), timed(10, kind="device_gone", number=1))
-    assert made.open("slow", "swapd", 0, START + 12 * MS) is None, "nothing has begun"
+    assert made.open("slow", 0, START + 12 * MS) is None, "nothing has begun"
     assert hit(made, START + 12 * MS) == [("slow", 0, 1), ("device_gone", 0, 1)]
-    assert made.open("slow", "swapd", 0, START + 16 * MS) == made.specs[0]
-    assert made.open("slow", "swapd", 1, START + 16 * MS) is None
-    assert made.open("slow", "swapd", 0, START + 17 * MS) is None
-    assert made.open("device_gone", "swapd", 0, START + 12 * MS) is None, "it lasts for one operation"
+    assert made.open("slow", 0, START + 16 * MS) == made.specs[0]
+    assert made.open("slow", 1, START + 16 * MS) is None
+    assert made.open("slow", 0, START + 17 * MS) is None
+    assert made.open("device_gone", 0, START + 12 * MS) is None, "it lasts for one operation"
+
+
+@pytest.mark.parametrize("kind", ["slow", "read_error", "device_gone"])
+def test_what_lasts_at_one_daemon_goes_on_while_it_begins_at_the_next(kind: str) -> None:
+    for for_ns, ends in ((FOREVER_NS, False), (15 * MS, True)):
+        made = machine(timed(10, 20, kind=kind, merges=True, targets=(0, 1), for_ns=for_ns))
+        assert hit(made, START + 10 * MS, 0) == [(kind, 0, 1)]
+        assert hit(made, START + 20 * MS, 1) == [(kind, 1, 2)]
+        assert [made.open(kind, daemon, START + 21 * MS) for daemon in (0, 1)] == list(made.specs) * 2
+        later = [made.open(kind, daemon, START + 26 * MS) for daemon in (0, 1)]
+        assert later == ([None, made.specs[0]] if ends else list(made.specs) * 2)
+
+
+class Watched(list[int]):
+    """Words of which each that is written is told, as another process may look after each."""
+
+    told: Callable[[], object] | None = None
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        super().__setitem__(index, value)
+        if self.told is not None:
+            self.told()
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        timed(10, kind="bit_flip", targets=(0, 1)),
+        timed(10, kind="bit_flip", targets=(0, 1), merges=True),
+        at_step(kind="bit_flip", step="read.done", targets=(0, 1)),
+    ],
+)
+def test_a_target_in_turn_acts_only_after_all_of_the_one_before_is_written(spec: Spec) -> None:
+    words = Watched([0] * words_needed(1, 2))
+    mine, other = FaultMachine([spec], words), FaultMachine([spec], words)
+    mine.start(START)
+    mine.step("read.done", "swapd", 0, START + 10 * MS)
+    found = []
+    words.told = lambda: found.append((other.target(spec), hit(other, START + 10 * MS, 1)))
+    assert hit(mine, START + 10 * MS, 0) == [("bit_flip", 0, 1)]
+    words.told = None
+    assert {taken for _, hits in found for taken in hits} == set(), "what was to happen once happened once"
+    assert [number for number, _ in found] == [0] * (len(found) - 1) + [1], "the turn comes last"
+    assert mine.word(spec, FIRED) == 1
+
+
+def test_who_asks_whose_turn_it_is_asks_that_first() -> None:
+    """The turn is handed on between two looks of the next target: it sees all of it, or nothing."""
+    spec = timed(10, kind="bit_flip", targets=(0, 1))
+
+    class Late(list[int]):
+        reads = 0
+        act: Callable[[], object] | None = None
+
+        def __getitem__(self, index: Any) -> Any:
+            value = super().__getitem__(index)
+            self.reads -= 1
+            if not self.reads and self.act is not None:
+                act, self.act = self.act, None
+                act()
+            return value
+
+    for reads in range(1, 30):
+        words = Late([0] * words_needed(1, 2))
+        other = FaultMachine([spec], words)
+        other.start(START)
+        words.reads = reads
+        words.act = partial(hit, FaultMachine([spec], words), START + 10 * MS, 0)
+        assert hit(other, START + 10 * MS, 1) == [], reads
 
 
 def test_the_words_outlive_the_machine() -> None:
