@@ -19,7 +19,7 @@ Not handled here: what a fault does (swapd/faulty.py, host/faults.py, launcher/c
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -138,6 +138,14 @@ class Firing(NamedTuple):
     nth: int
 
 
+class Delivery(NamedTuple):
+    """What becomes of a message: it arrives ``copies`` times, and ``later_ns`` later than it would have."""
+
+    copies: int
+    later_ns: int
+    firings: tuple[Firing, ...]
+
+
 def words_needed(faults: int, daemons: int) -> int:
     """Size of the segment `faults`, in words."""
     return _daemon_at(faults, daemons)
@@ -240,16 +248,27 @@ class FaultMachine:
         return min(found, default=None)
 
     # -- acting --------------------------------------------------------------------------------------------
-    def take(self, kinds: Sequence[str], role: str, number: int, now_ns: int) -> list[Firing]:
-        """Faults of these kinds that happen to this target now. They count as fired: the caller does them."""
-        fired: list[Firing] = []
-        for kind in kinds:
-            fired += [
-                self.fire(spec, now_ns)
-                for spec in self._by_kind.get(kind, ())
-                if spec.role == role and self.target(spec) == number and self.pending(spec, now_ns)
-            ]
-        return fired
+    def take(self, kind: str, role: str, number: int, now_ns: int) -> Firing | None:
+        """A fault of this kind that happens to this target now. It counts as fired: the caller does it.
+
+        One at most, since two at one operation are one: the others stay pending for the next.
+        """
+        for spec in self._by_kind.get(kind, ()):
+            if spec.role == role and self.target(spec) == number and self.pending(spec, now_ns):
+                return self.fire(spec, now_ns)
+        return None
+
+    def deliver(self, daemon: int, now_ns: int) -> Delivery:
+        """What happens to a message to or from a daemon now; the caller does it.
+
+        One that is lost is neither doubled nor late: what else is due stays pending for the next.
+        """
+        if (lost := self.take("drop", _DAEMON, daemon, now_ns)) is not None:
+            return Delivery(0, 0, (lost,))
+        doubled = self.take("duplicate", _DAEMON, daemon, now_ns)
+        late = self.take("delay", _DAEMON, daemon, now_ns)
+        firings = tuple(firing for firing in (doubled, late) if firing is not None)
+        return Delivery(1 if doubled is None else 2, 0 if late is None else late.spec.for_ns, firings)
 
     def fire(self, spec: Spec, now_ns: int) -> Firing:
         """It happens."""

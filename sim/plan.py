@@ -40,8 +40,11 @@ FAULTS: Final = (
   bit
 * ``bad_block``: the block of the n-th read can never be read again
 * ``drop``, ``duplicate``, ``delay``: what becomes of the n-th message of the link, counted in both directions
-* ``gone``: as kill, and it never comes back; only where pages have two copies
+* ``gone``: as kill, and it never comes back; only where pages have two copies, and not to the last daemon that is left
 * ``restart``: with the n-th exit of a vCPU all guests are saved and go on in a fresh set of host, daemons and vCPUs
+
+Of several that are due at one occasion each waits for one at which it makes a difference: a message that is lost is neither doubled nor
+late, a read fails in one way, nobody dies twice.
 """
 LASTING: Final = ("stop", "delay")
 """Kinds that are nothing without ``for_us``, and the only ones that have it."""

@@ -52,7 +52,9 @@ def timed(*times_ms: int, **more: Any) -> Spec:
 
 
 def hit(made: FaultMachine, now_ns: int, number: int = 0, role: str = "swapd") -> list[tuple[str, int, int]]:
-    return [(f.spec.kind, f.number, f.nth) for f in made.take(KINDS, role, number, now_ns)]
+    """One fault of each kind at most."""
+    found = [made.take(kind, role, number, now_ns) for kind in KINDS]
+    return [(f.spec.kind, f.number, f.nth) for f in found if f is not None]
 
 
 def test_the_nth_occasion_of_a_step_and_no_other() -> None:
@@ -216,6 +218,38 @@ def test_who_asks_whose_turn_it_is_asks_that_first() -> None:
         words.reads = reads
         words.act = partial(hit, FaultMachine([spec], words), START + 10 * MS, 0)
         assert hit(other, START + 10 * MS, 1) == [], reads
+
+
+def test_of_two_at_one_operation_one_waits_for_the_next() -> None:
+    made = machine(*(at_step(n, "bit_flip", step="read.done", nth=5) for n in (0, 1)))
+    for _ in range(5):
+        made.step("read.done", "swapd", 0, START + 1)
+    for fired in ([1, 0], [1, 1], [1, 1]):
+        made.take("bit_flip", "swapd", 0, START + 1)
+        assert [made.word(spec, FIRED) for spec in made.specs] == fired
+
+
+@pytest.mark.parametrize(
+    ("kinds", "arrivals"),
+    [
+        ((), [(1, 0)]),
+        (("drop", "delay"), [(0, 0), (1, 7), (1, 0)]),
+        (("delay", "drop"), [(0, 0), (1, 7), (1, 0)]),
+        (("drop", "duplicate"), [(0, 0), (2, 0), (1, 0)]),
+        (("drop", "drop"), [(0, 0), (0, 0), (1, 0)]),
+        (("duplicate", "delay"), [(2, 7), (1, 0)]),
+        (("delay", "delay"), [(1, 7), (1, 7), (1, 0)]),
+    ],
+)
+def test_what_becomes_of_messages(kinds: tuple[str, ...], arrivals: list[tuple[int, int]]) -> None:
+    """Each that is due at the first message makes a difference, at that or at a later one."""
+    made = machine(
+        *(at_step(n, kind, step="link.message", for_ns=7 * (kind == "delay")) for n, kind in enumerate(kinds))
+    )
+    made.step("link.message", "swapd", 0, START + 1)
+    found = [made.deliver(0, START + 1) for _ in arrivals]
+    assert [(one.copies, one.later_ns) for one in found] == arrivals
+    assert sorted(f.spec.number for one in found for f in one.firings) == list(range(len(kinds)))
 
 
 def test_the_words_outlive_the_machine() -> None:
