@@ -7,7 +7,7 @@ the fault can happen to. So whoever counts and whoever acts may be two processes
 State lies in words (u64) that outlive every process of a run: `HEADER_WORDS`, then `FAULT_WORDS` for each fault, then for each daemon what
 faults have come to there. A list of integers does as well (the simulation).
 
-Invariants: pure, callers pass the time; nothing is due before `START_NS` and nothing becomes due after `STOP_NS`; a process that is
+Invariants: pure, callers pass the time; nothing happens before `START_NS` or after `STOP_NS`, also if it was due before; a process that is
 killed by its own fault has counted it before. A word has one writer at a time: targets in turn hand their fault on by the word `TURN`.
 It is written last and read first, so that who finds its own number there finds all else as the one before left it (x86-64 keeps the order
 of stores, and that of loads).
@@ -191,16 +191,13 @@ class FaultMachine:
         self.words[START_NS] = now_ns
 
     def stop(self, now_ns: int) -> None:
-        """Nothing becomes due any more; what has begun goes on to its end."""
+        """Nothing happens any more; what has begun goes on to its end."""
         self.words[STOP_NS] = now_ns
 
     def since_start(self, now_ns: int) -> int:
-        """Time since the barrier, not beyond the stop; negative before the barrier."""
+        """Time since the barrier; negative before it."""
         start = int(self.words[START_NS])
-        if not start:
-            return -1
-        stop = int(self.words[STOP_NS])
-        return (min(now_ns, stop) if stop else now_ns) - start
+        return now_ns - start if start else -1
 
     # -- triggers ------------------------------------------------------------------------------------------
     def step(self, name: str, role: str, number: int, now_ns: int) -> bool:
@@ -233,7 +230,14 @@ class FaultMachine:
 
     def pending(self, spec: Spec, now_ns: int) -> bool:
         """It is to happen now, to its target (who asks whether that is itself asks before)."""
+        if self.words[STOP_NS]:
+            return False
         return self._due(spec, now_ns) > self.word(spec, TAKEN)
+
+    def left_over(self, spec: Spec) -> bool:
+        """Whether it was due when the measured time was over, and had found nothing to happen to."""
+        stop_ns = int(self.words[STOP_NS])
+        return bool(stop_ns) and self._due(spec, stop_ns) > self.word(spec, TAKEN)
 
     def next_ns(self, specs: Iterable[Spec], now_ns: int) -> int | None:
         """When one of these faults becomes due by time; None: never again."""
@@ -328,15 +332,18 @@ class BadBlocks:
 def outcome(spec: Spec, machine: FaultMachine) -> str:
     """Why this fault fails the run; "" when it happened as it should.
 
-    A fault at steps or at one time has to happen each time. Of one that comes again and again some may be passed over.
+    A fault at steps or at one time has to happen each time. Of one that comes again and again some may be passed over, those among them
+    that were due when the measured time was over.
     """
     fired = machine.word(spec, FIRED)
+    late = "; it was due, and the measured time was over before there was anything it could happen to"
+    late = late if machine.left_over(spec) else ""
     if spec.merges:
-        return "" if fired else f"never happened, {spec.scheduled} times were scheduled"
+        return "" if fired else f"never happened, {spec.scheduled} times were scheduled{late}"
     if fired >= spec.scheduled:
         return ""
     seen = f" (the step was seen {machine.word(spec, SEEN)} times)" if spec.step else ""
-    return f"happened {fired} times of {spec.scheduled}{seen}"
+    return f"happened {fired} times of {spec.scheduled}{seen}{late}"
 
 
 def may_lose_pages(machine: FaultMachine) -> list[Spec]:

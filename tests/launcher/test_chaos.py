@@ -73,6 +73,16 @@ def test_what_happens_once_waits_for_its_target() -> None:
     assert obey(chaos, START + 10 * S) == []
 
 
+def test_nobody_is_killed_after_the_measured_time() -> None:
+    chaos = chaos_of({"do": "kill", "after": 4.99}, {"do": "stop", "after": 1.0, "for_ms": 9000})
+    assert obey(chaos, START + S) == [("swapd-0", signal.SIGSTOP)]
+    chaos.look()
+    chaos.machine.stop(START + 5 * S)
+    assert chaos.due(START + 5 * S) == []
+    assert chaos.wakes_ns(START + 5 * S) == START + 10 * S, "who stands still goes on"
+    assert chaos.over(START + 10 * S) == [("swapd", 0)]
+
+
 def test_a_stopped_process_goes_on_and_the_later_of_two_stops_counts(tmp_path: Path) -> None:
     path = tmp_path / "launcher.bin"
     chaos = chaos_of(

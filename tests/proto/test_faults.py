@@ -107,9 +107,38 @@ def test_nothing_happens_before_the_barrier_or_after_the_stop() -> None:
     made.start(START)
     made.stop(START + 5 * MS)
     assert not made.step("read.done", "swapd", 0, START + 6 * MS)
-    assert hit(made, START + 20 * MS) == [("kill", 0, 1)], "the first time had passed, the second never comes"
-    assert hit(made, START + 30 * MS) == []
+    assert hit(made, START + 20 * MS) == []
+    assert made.next_ns(made.specs, START + 1) is None
     assert made.word(made.specs[0], SEEN) == 0
+
+
+def test_what_is_due_at_the_stop_has_not_happened_and_what_lasts_goes_on() -> None:
+    made = machine(
+        at_step(kind="bit_flip", step="read.done"),
+        timed(10, number=1, kind="drop"),
+        timed(10, 11, 12, number=2, merges=True),
+        timed(10, number=3, kind="slow", for_ns=50 * MS),
+        timed(30, number=4),
+    )
+    made.step("read.done", "swapd", 0, START + 10 * MS)
+    assert made.take("slow", "swapd", 0, START + 10 * MS) is not None
+    assert made.take("kill", "swapd", 0, START + 10 * MS) is not None
+    made.stop(START + 20 * MS)
+    assert hit(made, START + 10_000 * MS) == []
+    assert made.open("slow", 0, START + 59 * MS) == made.specs[3]
+    assert [made.left_over(spec) for spec in made.specs] == [True, True, True, False, False]
+    found = [outcome(spec, made) for spec in made.specs]
+    late = "; it was due, and the measured time was over before there was anything it could happen to"
+    assert found == [
+        f"happened 0 times of 1 (the step was seen 1 times){late}",
+        f"happened 0 times of 1{late}",
+        "",
+        "",
+        "happened 0 times of 1",
+    ], "one that comes again and again may be passed over at the end as anywhere else"
+    never = machine(timed(10, 11, merges=True))
+    never.stop(START + 20 * MS)
+    assert outcome(never.specs[0], never) == f"never happened, 2 times were scheduled{late}"
 
 
 def test_occasions_outside_the_window_do_not_count() -> None:
