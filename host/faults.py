@@ -100,6 +100,10 @@ class HostFaults:
         if spec.kind == "kill":
             self._dying.add((spec.role, number))
 
+    def gone(self, daemon: int) -> None:
+        """A daemon never comes back."""
+        self.machine.gone(daemon)
+
     # -- links ---------------------------------------------------------------------------------------------
     def message(self, daemon: int, now_ns: int, deliver: Action, request: int = 0) -> None:
         """A message to or from a daemon: delivered as the schedule wants it."""

@@ -10,7 +10,7 @@ faults have come to there. A list of integers does as well (the simulation).
 Invariants: pure, callers pass the time; nothing happens before `START_NS` or after `STOP_NS`, also if it was due before; a process that is
 killed by its own fault has counted it before. A word has one writer at a time: targets in turn hand their fault on by the word `TURN`.
 It is written last and read first, so that who finds its own number there finds all else as the one before left it (x86-64 keeps the order
-of stores, and that of loads).
+of stores, and that of loads). A daemon that is gone for good has no turn: `GONE` is set after its end, when it writes nothing any more.
 
 Not handled here: what a fault does (swapd/faulty.py, host/faults.py, launcher/chaos.py), what a topology may ask for
 (proto/topology_faults.py).
@@ -61,7 +61,7 @@ STEPS: Final = {
 """Every step that a fault may wait for (``at``)."""
 
 _DAEMON: Final = "swapd"
-"""The only role that has several targets of one fault."""
+"""The only role that has several targets of one fault, and one of which may be gone while the run goes on."""
 
 NATURAL: Final = {
     **dict.fromkeys(READ_KINDS, "read.done"),
@@ -82,17 +82,18 @@ SEEN: Final = 0
 TAKEN: Final = 1
 """How many of those that became due were taken, or passed over. From here on: written by the process that acts."""
 TURN: Final = 2
-"""Targets had: the next one is number ``TURN`` modulo their count."""
+"""Targets had: the next one is number ``TURN`` modulo their count, or the first one after it that is not gone."""
 FIRED: Final = 3
 LAST_NS: Final = 4
 """When it fired last."""
-ON: Final = 5
-"""Number of the target that it fired at last."""
 FAULT_WORDS: Final = 8
 
+GONE: Final = 0
+"""Of each daemon, behind the faults: 1 when it is gone for good. Written by the host."""
 UNTIL_NS: Final = 0
-"""Of each fault at each daemon, behind the faults: when what it began there last is over (`for_ms`). Written by the process that acts."""
-TARGET_WORDS: Final = 1
+"""Of each fault at each daemon: when what it began there last is over (`for_ms`). Written by the process that acts, as what follows."""
+FIRED_HERE: Final = 1
+TARGET_WORDS: Final = 2
 BAD_WORDS: Final = 512
 """Of each daemon, behind its faults: how many blocks went bad, then their numbers. Written by the daemon."""
 FOREVER_NS: Final = (1 << 63) - 1
@@ -153,7 +154,7 @@ def words_needed(faults: int, daemons: int) -> int:
 
 def _daemon_at(faults: int, daemon: int) -> int:
     """Where the words of a daemon begin."""
-    return HEADER_WORDS + faults * FAULT_WORDS + daemon * (faults * TARGET_WORDS + BAD_WORDS)
+    return HEADER_WORDS + faults * FAULT_WORDS + daemon * (1 + faults * TARGET_WORDS + BAD_WORDS)
 
 
 def target_code(role: str, number: int) -> int:
@@ -183,7 +184,13 @@ class FaultMachine:
 
     def _here(self, spec: Spec, daemon: int) -> int:
         """Where the words of a fault at a daemon begin."""
-        return _daemon_at(len(self.specs), daemon) + spec.number * TARGET_WORDS
+        return _daemon_at(len(self.specs), daemon) + 1 + spec.number * TARGET_WORDS
+
+    def fired_at(self, spec: Spec, number: int) -> int:
+        """How often it has happened to this target."""
+        if spec.role != _DAEMON:
+            return self.word(spec, FIRED)
+        return int(self.words[self._here(spec, number) + FIRED_HERE])
 
     # -- the time in which faults happen -------------------------------------------------------------------
     def start(self, now_ns: int) -> None:
@@ -198,6 +205,13 @@ class FaultMachine:
         """Time since the barrier; negative before it."""
         start = int(self.words[START_NS])
         return now_ns - start if start else -1
+
+    def gone(self, daemon: int) -> None:
+        """A daemon has ended and never comes back: its turns are those of the others."""
+        self.words[_daemon_at(len(self.specs), daemon) + GONE] = 1
+
+    def _is_gone(self, spec: Spec, number: int) -> bool:
+        return spec.role == _DAEMON and bool(self.words[_daemon_at(len(self.specs), number) + GONE])
 
     # -- triggers ------------------------------------------------------------------------------------------
     def step(self, name: str, role: str, number: int, now_ns: int) -> bool:
@@ -220,7 +234,16 @@ class FaultMachine:
 
     def target(self, spec: Spec) -> int:
         """Number of the target whose turn it is."""
-        return spec.targets[self.word(spec, TURN) % len(spec.targets)]
+        return spec.targets[self._turn(spec) % len(spec.targets)]
+
+    def _turn(self, spec: Spec) -> int:
+        """The turn it is: `TURN`, or the first one after it whose target is not gone, if there is one."""
+        turn, count = self.word(spec, TURN), len(spec.targets)
+        if count > 1:
+            for ahead in range(turn, turn + count):
+                if not self._is_gone(spec, spec.targets[ahead % count]):
+                    return ahead
+        return turn
 
     def _due(self, spec: Spec, now_ns: int) -> int:
         """How often it should have happened by now."""
@@ -230,7 +253,7 @@ class FaultMachine:
 
     def pending(self, spec: Spec, now_ns: int) -> bool:
         """It is to happen now, to its target (who asks whether that is itself asks before)."""
-        if self.words[STOP_NS]:
+        if self.words[STOP_NS] or self._is_gone(spec, self.target(spec)):
             return False
         return self._due(spec, now_ns) > self.word(spec, TAKEN)
 
@@ -276,23 +299,25 @@ class FaultMachine:
 
     def fire(self, spec: Spec, now_ns: int) -> Firing:
         """It happens."""
-        number, nth = self.target(spec), self.word(spec, FIRED) + 1
+        turn, nth = self._turn(spec), self.word(spec, FIRED) + 1
+        number = spec.targets[turn % len(spec.targets)]
         self._put(spec, LAST_NS, now_ns)
-        self._put(spec, ON, number)
         if spec.role == _DAEMON:
-            self.words[self._here(spec, number) + UNTIL_NS] = min(FOREVER_NS, now_ns + spec.for_ns)
+            here = self._here(spec, number)
+            self.words[here + UNTIL_NS] = min(FOREVER_NS, now_ns + spec.for_ns)
+            self.words[here + FIRED_HERE] = int(self.words[here + FIRED_HERE]) + 1
         self._put(spec, FIRED, nth)
-        self._move_on(spec, now_ns)
+        self._move_on(spec, turn, now_ns)
         return Firing(spec, number, nth)
 
     def skip(self, spec: Spec, now_ns: int) -> None:
         """Its target is not there: passed over, and the next target's turn."""
-        self._move_on(spec, now_ns)
+        self._move_on(spec, self._turn(spec), now_ns)
 
-    def _move_on(self, spec: Spec, now_ns: int) -> None:
+    def _move_on(self, spec: Spec, turn: int, now_ns: int) -> None:
         self._put(spec, TAKEN, self._due(spec, now_ns) if spec.merges else self.word(spec, TAKEN) + 1)
         # Last: the next target may act from here on, and what is due to it is what is not taken.
-        self._put(spec, TURN, self.word(spec, TURN) + 1)
+        self._put(spec, TURN, turn + 1)
 
     def open(self, kind: str, daemon: int, now_ns: int) -> Spec | None:
         """A fault of this kind that goes on at this daemon, if there is one."""

@@ -18,7 +18,6 @@ from proto.faults import (
     KINDS,
     LAST_NS,
     NATURAL,
-    ON,
     READ_TRIES,
     SEEN,
     STEPS,
@@ -97,7 +96,7 @@ def test_daemons_take_turns() -> None:
         if made.step("read.done", "swapd", number, START + 1):
             found += hit(made, START + 1, number)
     assert found == [("kill", 0, 1), ("kill", 1, 2), ("kill", 0, 3)]
-    assert made.word(made.specs[0], ON) == 0
+    assert [made.fired_at(made.specs[0], number) for number in (0, 1)] == [2, 1]
 
 
 def test_nothing_happens_before_the_barrier_or_after_the_stop() -> None:
@@ -279,6 +278,44 @@ def test_what_becomes_of_messages(kinds: tuple[str, ...], arrivals: list[tuple[i
     found = [made.deliver(0, START + 1) for _ in arrivals]
     assert [(one.copies, one.later_ns) for one in found] == arrivals
     assert sorted(f.spec.number for one in found for f in one.firings) == list(range(len(kinds)))
+
+
+def test_a_daemon_that_is_gone_for_good_has_no_turn() -> None:
+    made = machine(
+        timed(10, 20, 30, kind="bit_flip", merges=True, targets=(0, 1)),
+        at_step(1, "kill", step="read.done", targets=(0, 1), scheduled=2),
+        timed(10, kind="drop", number=2, targets=(0, 1)),
+        timed(10, kind="slow", number=3, targets=(0,), for_ns=MS),
+    )
+    assert not made.step("read.done", "swapd", 1, START + MS), "it is the other's turn"
+    made.gone(0)
+    found = []
+    for ms in (10, 20, 30):
+        made.step("read.done", "swapd", 1, START + ms * MS)
+        found.append(hit(made, START + ms * MS, 1))
+    assert found == [
+        [("kill", 1, 1), ("bit_flip", 1, 1), ("drop", 1, 1)],
+        [("kill", 1, 2), ("bit_flip", 1, 2)],
+        [("bit_flip", 1, 3)],
+    ]
+    assert not made.pending(made.specs[3], START + 40 * MS), "nobody is left that it could happen to"
+    assert [bool(outcome(spec, made)) for spec in made.specs] == [False, False, False, True]
+    made.gone(1)
+    assert not made.pending(made.specs[0], START + 40 * MS)
+    assert made.target(made.specs[0]) in (0, 1)
+
+
+def test_the_others_go_on_taking_turns() -> None:
+    spec = at_step(kind="bit_flip", step="read.done", targets=(0, 1, 2), scheduled=9)
+    made = FaultMachine([spec], [0] * words_needed(1, 3))
+    made.start(START)
+    made.gone(0)
+    found = []
+    for _ in range(4):
+        found.append(made.target(spec))
+        made.step("read.done", "swapd", made.target(spec), START + 1)
+        made.take("bit_flip", "swapd", made.target(spec), START + 1)
+    assert found == [1, 2, 1, 2]
 
 
 def test_the_words_outlive_the_machine() -> None:
