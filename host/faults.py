@@ -15,13 +15,14 @@ from __future__ import annotations
 import contextlib
 import heapq
 import os
+import select
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 from proto.events import Kind
-from proto.faults import KINDS, MESSAGE_KINDS, PROCESS_KINDS, STEPS, FaultMachine, Firing, Spec, target_code
+from proto.faults import KINDS, PROCESS_KINDS, STEPS, FaultMachine, Firing, Spec, target_code
 from proto.trace_writer import TraceWriter
 
 SIGNALS: Final = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
@@ -46,6 +47,8 @@ class HostFaults:
         self._elsewhere = elsewhere
         self._disconnect = disconnect
         self._pidfds: dict[tuple[str, int], int] = {}
+        self._dying: set[tuple[str, int]] = set()
+        """Killed here: that takes a moment, and nobody dies twice."""
         self._held: list[tuple[int, int, Action]] = []
         self._order = 0
         self._processes = [
@@ -67,6 +70,7 @@ class HostFaults:
         if (old := self._pidfds.pop((role, number), None)) is not None:
             os.close(old)
         self._pidfds[role, number] = fd
+        self._dying.discard((role, number))
 
     def step(self, name: str, role: str, number: int, now_ns: int, request: int = 0) -> None:
         """An occasion; this process may not survive it."""
@@ -84,25 +88,29 @@ class HostFaults:
             return
         if spec.role == "zygote" and (spec.role, number) not in self._pidfds:
             self._pidfds[spec.role, number] = os.pidfd_open(os.getppid())
-        if (fd := self._pidfds.get((spec.role, number))) is None or not _alive(fd):
+        if (
+            (fd := self._pidfds.get((spec.role, number))) is None
+            or (spec.role, number) in self._dying
+            or not _alive(fd)
+        ):
             return  # a successor will come: it stays pending until the step is next seen
         self._record(self.machine.fire(spec, now_ns), request)
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(fd, SIGNALS[spec.kind])
+        if spec.kind == "kill":
+            self._dying.add((spec.role, number))
+
+    def gone(self, daemon: int) -> None:
+        """A daemon never comes back."""
+        self.machine.gone(daemon)
 
     # -- links ---------------------------------------------------------------------------------------------
     def message(self, daemon: int, now_ns: int, deliver: Action, request: int = 0) -> None:
         """A message to or from a daemon: delivered as the schedule wants it."""
         self.step("link.message", "swapd", daemon, now_ns, request)
-        copies, later_ns = 1, 0
-        for firing in self.machine.take(MESSAGE_KINDS, "swapd", daemon, now_ns):
+        copies, later_ns, firings = self.machine.deliver(daemon, now_ns)
+        for firing in firings:
             self._record(firing, request)
-            if firing.spec.kind == "drop":
-                copies = 0
-            elif firing.spec.kind == "duplicate":
-                copies += 1
-            else:
-                later_ns = max(later_ns, firing.spec.for_ns)
         for _ in range(copies):
             if later_ns:
                 self._order += 1
@@ -116,7 +124,10 @@ class HostFaults:
             heapq.heappop(self._held)[2]()
         if self._disconnects:
             for daemon in self._elsewhere:
-                for firing in self.machine.take(("disconnect",), "swapd", daemon, now_ns):
+                # One that is closed cannot be closed again: what else is due waits.
+                if self.machine.open("disconnect", daemon, now_ns) is not None:
+                    continue
+                if (firing := self.machine.take("disconnect", "swapd", daemon, now_ns)) is not None:
                     self._record(firing, 0)
                     self._disconnect(daemon, now_ns + firing.spec.for_ns)
 
@@ -152,9 +163,7 @@ def _is_sibling(pid: int) -> bool:
 
 
 def _alive(pidfd: int) -> bool:
-    """Whether the process has not ended."""
-    try:
-        signal.pidfd_send_signal(pidfd, 0)
-    except ProcessLookupError:
-        return False
-    return True
+    """Whether the process has not ended; one that nobody has reaped yet has."""
+    poller = select.poll()
+    poller.register(pidfd, select.POLLIN)
+    return not poller.poll(0)

@@ -42,6 +42,11 @@ class FaultyLinks(DaemonLinks):
         super().__init__(shell)
         self._faulty = shell
 
+    def give_up(self, number: int, reason: str) -> None:
+        """A daemon never comes back, and takes no part in the schedule any more."""
+        super().give_up(number, reason)
+        self._faulty.faults.gone(number)
+
     def _ask(
         self, number: int, batch: Sequence[ev.SendIo], message: wire.Io, pages: Sequence[memoryview]
     ) -> None:

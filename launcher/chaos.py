@@ -4,7 +4,7 @@ Purpose: `Chaos` says which process is killed or stopped now because its time ha
 by somebody else's hand.
 
 Invariants: a time that passes while its target is down is passed over when the fault comes again and again; one that was to happen once
-waits for its target. Pure: every call is told the time, and signals nobody.
+waits for its target. A daemon that is gone for good is nobody's target. Pure: every call is told the time, and signals nobody.
 
 Not handled here: how a process is signalled and started again (launcher/lifecycle.py), when a fault is due (proto/faults.py), what the
 guests get done meanwhile (launcher/outage.py).
@@ -16,7 +16,7 @@ import signal
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-from proto.faults import FIRED, KINDS, LAST_NS, ON, PROCESS_KINDS, FaultMachine, Firing, Spec, target_code
+from proto.faults import FIRED, KINDS, LAST_NS, PROCESS_KINDS, FaultMachine, Firing, Spec, target_code
 from proto.topology import Topology
 from proto.topology_faults import describe
 from proto.trace import Kind
@@ -52,8 +52,10 @@ class Chaos:
         self._writer = writer
         self._processes = [spec for spec in machine.specs if spec.kind in PROCESS_KINDS]
         self._timed = [spec for spec in self._processes if not spec.step]
-        self._known = dict.fromkeys((spec.number for spec in self._processes), 0)
-        """Firings that were looked at, by fault."""
+        self._known = dict.fromkeys(
+            ((spec.number, number) for spec in self._processes for number in spec.targets), 0
+        )
+        """Firings that were looked at, by fault and target."""
         self._stopped: list[_Stopped] = []
 
     @property
@@ -100,9 +102,7 @@ class Chaos:
         """Kills since the last look, by whoever's hand, with the number of the target. Stops are noted, to be ended."""
         found = []
         for spec in self._processes:
-            fired, known = self.machine.word(spec, FIRED), self._known[spec.number]
-            self._known[spec.number] = fired
-            numbers = self._targets(spec, known, fired)
+            numbers = self._targets(spec)
             if spec.kind == "stop":
                 until_ns = self.machine.word(spec, LAST_NS) + spec.for_ns
                 self._stopped += [_Stopped(until_ns, spec.role, number) for number in numbers]
@@ -110,13 +110,14 @@ class Chaos:
                 found += [(spec, number) for number in numbers]
         return found
 
-    def _targets(self, spec: Spec, known: int, fired: int) -> list[int]:
-        """Whom it happened to since it had happened ``known`` times."""
-        if spec.step:
-            # One that waits for a step never passes a turn over, so its turns are its firings.
-            return [spec.targets[nth % len(spec.targets)] for nth in range(known, fired)]
-        # Done here, and looked at each time.
-        return [self.machine.word(spec, ON)] * (fired > known)
+    def _targets(self, spec: Spec) -> list[int]:
+        """Whom it happened to since the last look."""
+        found = []
+        for number in spec.targets:
+            fired = self.machine.fired_at(spec, number)
+            found += [number] * (fired - self._known[spec.number, number])
+            self._known[spec.number, number] = fired
+        return found
 
     def ended(self, role: str, number: int) -> None:
         """A process is gone: its successor stands still for what stops it, and not for what stopped this one."""

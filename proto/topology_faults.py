@@ -52,7 +52,7 @@ def check_faults(
         if fault.do in LASTING and not fault.for_ms:
             refuse("how long is missing", source, f"{path}.for_ms", fault.for_ms, "above 0")
         if fault.do == "bad_block":
-            bad_blocks += _scheduled(run, fault)
+            bad_blocks += _scheduled(i, fault, run)
             if bad_blocks >= BAD_WORDS:
                 refuse(
                     "too many bad blocks in all", source, f"{path}.times", bad_blocks, f"below {BAD_WORDS}"
@@ -126,8 +126,10 @@ def _check_time(run: Run, fault: Fault, path: str, source: Source) -> None:
         refuse("two ways to say when", source, f"{path}.{named[1]}", getattr(fault, named[1]), WHEN)
     if fault.times > 1 and not (fault.at or fault.nth):
         refuse("how often follows from the time", source, f"{path}.times", fault.times, "with at or nth")
-    end = fault.until or run.seconds
-    if fault.after >= run.seconds:
+    # In the nanoseconds of the schedule: what is less than one apart is at the same time.
+    first_ns, end_ns = _window_ns(fault, run.seconds)
+    run_ns = int(run.seconds * NS)
+    if first_ns >= run_ns:
         refuse(
             "the run is over by then",
             source,
@@ -135,7 +137,7 @@ def _check_time(run: Run, fault: Fault, path: str, source: Source) -> None:
             fault.after,
             f"below run.seconds, which is {run.seconds}",
         )
-    if end > run.seconds or end <= fault.after:
+    if end_ns > run_ns or end_ns <= first_ns:
         allowed = f"above after, at most run.seconds, which is {run.seconds}"
         refuse("ends when nothing can happen", source, f"{path}.until", fault.until, allowed)
     if fault.until and not named:
@@ -146,16 +148,16 @@ def _check_time(run: Run, fault: Fault, path: str, source: Source) -> None:
             fault.until,
             "with at, nth, every_ms or rate_per_s",
         )
-    if fault.every_ms and fault.after + fault.every_ms / 1000 >= end:
+    if fault.every_ms and first_ns + _every_ns(fault) >= end_ns:
         refuse(
             "the first time is behind the last",
             source,
             f"{path}.every_ms",
             fault.every_ms,
-            f"below {(end - fault.after) * 1000:g}",
+            f"below {(end_ns - first_ns) / MS:g}",
         )
     # Compared before anything is drawn: that would take as long as it is wrong.
-    often = (end - fault.after) * max(fault.rate_per_s, 1000 / fault.every_ms if fault.every_ms else 0)
+    often = (end_ns - first_ns) * max(fault.rate_per_s / NS, 1 / _every_ns(fault) if fault.every_ms else 0)
     if often > FAULT_TIMES_MAX:
         refuse(
             "too often",
@@ -175,6 +177,7 @@ def schedule(faults: Sequence[Fault], daemons: int, seconds: float, seed: int) -
 def _spec(number: int, fault: Fault, daemons: int, seconds: float, seed: int) -> Spec:
     step = fault.at or (NATURAL[fault.do] if fault.nth else "")
     times = () if step else _times_ns(number, fault, seconds, seed)
+    first_ns, end_ns = _window_ns(fault, seconds)
     for_ns = int(fault.for_ms * MS)
     return Spec(
         number=number,
@@ -186,24 +189,33 @@ def _spec(number: int, fault: Fault, daemons: int, seconds: float, seed: int) ->
         scheduled=fault.times if step else len(times),
         times_ns=times,
         merges=bool(fault.every_ms or fault.rate_per_s),
-        from_ns=int(fault.after * NS),
-        until_ns=int((fault.until or seconds) * NS),
+        from_ns=first_ns,
+        until_ns=end_ns,
         for_ns=for_ns or (FOREVER_NS if fault.do == "device_gone" else 0),
         slower_ns=int(fault.slower_ms * MS) if fault.do == "slow" else 0,
     )
 
 
-def _scheduled(run: Run, fault: Fault) -> int:
+def _scheduled(number: int, fault: Fault, run: Run) -> int:
     """How often it is to happen, at most."""
     if fault.at or fault.nth:
         return fault.times
-    return len(_times_ns(0, fault, run.seconds, run.seed))
+    return len(_times_ns(number, fault, run.seconds, run.seed))
+
+
+def _window_ns(fault: Fault, seconds: float) -> tuple[int, int]:
+    """From when on, and before when, it may happen."""
+    return int(fault.after * NS), int((fault.until or seconds) * NS)
+
+
+def _every_ns(fault: Fault) -> int:
+    return max(1, int(fault.every_ms * MS))
 
 
 def _times_ns(number: int, fault: Fault, seconds: float, seed: int) -> tuple[int, ...]:
-    first, end = int(fault.after * NS), int((fault.until or seconds) * NS)
+    first, end = _window_ns(fault, seconds)
     if fault.every_ms:
-        every = max(1, int(fault.every_ms * MS))
+        every = _every_ns(fault)
         return tuple(range(first + every, end, every))[:FAULT_TIMES_MAX]
     if not fault.rate_per_s:
         return (first,)
@@ -212,8 +224,11 @@ def _times_ns(number: int, fault: Fault, seconds: float, seed: int) -> tuple[int
     at = float(first)
     while (at := at + rng.expovariate(fault.rate_per_s) * NS) < end and len(times) < FAULT_TIMES_MAX:
         times.append(int(at))
-    # Once at least: a fault that a seed leaves out would pass for one that was survived.
-    return tuple(times) or (rng.randrange(first, end),)
+    # Once at least, and not only at the very end: that a seed leaves a fault out, or no time for it, is nothing to fail a run for.
+    half = first + (end - first + 1) // 2
+    if not times or times[0] >= half:
+        times.insert(0, rng.randrange(first, half))
+    return tuple(times[:FAULT_TIMES_MAX])
 
 
 def _ordinal(number: int) -> str:

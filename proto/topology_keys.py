@@ -288,7 +288,11 @@ class Fault:
     times: int = key(1, "With `at` or `nth`: how often, one after the other.", low=1, high=FAULT_TIMES_MAX)
     every_ms: float = key(0.0, "Again and again, after so long.", unit="ms", low=0, high=86_400_000)
     rate_per_s: float = key(
-        0.0, "At random, so often on average; the seed decides when.", unit="1/s", low=0, high=10_000
+        0.0,
+        "At random, so often on average, and at least once in the first half of its time; the seed decides when.",
+        unit="1/s",
+        low=0,
+        high=10_000,
     )
     after: float = key(
         0.0, "From then on, counted from the start barrier; alone: once, then.", unit="s", low=0, high=86_400

@@ -127,9 +127,10 @@ The first vCPU never goes offline: it carries out what concerns the whole guest.
 restarted.
 """
 _FAULT_NOTE = """
-A topology without a `[[fault]]` has none. Faults begin at the start barrier and end with the measured time. When one happens is said by
-one of: `at` (with `nth` and `times`), `nth` alone, `every_ms`, `rate_per_s`, `after` alone. [chaos.md](chaos.md) shows how to use
-them and what each should show; the summary says how often each was scheduled and how often it happened (`injected`).
+A topology without a `[[fault]]` has none. Faults happen from the start barrier to the end of the measured time: one that is due
+by then and has found nothing to happen to did not happen; one that lasts goes on to its end. When one happens is said by one of: `at` (with
+`nth` and `times`), `nth` alone, `every_ms`, `rate_per_s`, `after` alone. [chaos.md](chaos.md) shows how to use them and what each
+should show; the summary says how often each was scheduled and how often it happened (`injected`).
 
 | `do` | what happens | on |
 |---|---|---|

@@ -21,7 +21,7 @@ from proto.units import PAGE_SIZE
 from proto.wire import OP_READ
 from sim.agenda import Agenda
 from sim.chance import Chance
-from sim.faults import MESSAGE, READ, TO_DAEMON, WRITE, Faults
+from sim.faults import READ, TO_DAEMON, WRITE, Faults
 from sim.plan import US, SimPlan
 from swapd.machine import Reply, Request, RequestQueue
 
@@ -32,6 +32,8 @@ RESTART_NS: Final = 200_000
 LATE_NS: Final = 100_000
 """How long after its daemon's death an operation may still land."""
 HELLO_NS: Final = 5_000
+COPY_NS: Final = 100_000
+"""From a message to its second copy, at most."""
 
 ToHost = Callable[[Any], None]
 
@@ -102,19 +104,15 @@ class Daemons:
         """In order, unless a fault of the link says otherwise."""
         one, agenda = self._daemons[d], self._agenda
         at_ns = max(one.last_ns[direction], agenda.now_ns + self._chance.link_ns())
-        copies = 1
-        for fault in self._faults.due(d, MESSAGE):
-            if fault.kind == "drop":
-                copies = 0
-            elif fault.kind == "duplicate":
-                copies += 1
-                agenda.at(at_ns + self._chance.between(0, 100_000), actor, action)
-            else:
-                copies -= 1
-                agenda.at(at_ns + fault.for_us * US, actor, action)
-        if copies > 0:
+        delivery = self._faults.deliver(d)
+        if not delivery.copies:
+            return
+        if not delivery.later_ns:
             one.last_ns[direction] = at_ns
-            agenda.at(at_ns, actor, action)
+        at_ns += delivery.later_ns
+        if delivery.copies > 1:
+            agenda.at(at_ns + self._chance.between(0, COPY_NS), actor, action)
+        agenda.at(at_ns, actor, action)
 
     def request(self, d: int, epoch: int, settled: int, requests: list[Request]) -> None:
         """The host sends a batch of requests."""
@@ -138,15 +136,10 @@ class Daemons:
                 one.stalled_until_ns, self._actors[d], lambda: self._receive(d, epoch, settled, requests)
             )
             return
-        killed = False
-        for fault in self._faults.due(d, TO_DAEMON):
-            if fault.kind in ("kill", "gone"):
-                killed = True
-                # The last one that is left only dies.
-                if fault.kind == "gone" and len(self.gone) < len(self._daemons) - 1:
-                    self.gone.add(d)
-            else:
-                one.stalled_until_ns = now + fault.for_us * US
+        self._faults.see(TO_DAEMON, d)
+        killed = self._killed(d)
+        if not killed and (stop := self._faults.take("stop", d)) is not None:
+            one.stalled_until_ns = now + stop.spec.for_ns
         start, at_once = one.queue.accept(requests, settled, now)
         for request in start:
             self._start(d, one, request)
@@ -154,6 +147,13 @@ class Daemons:
             self._die(d, one)
         else:
             self._answer(d, epoch, at_once)
+
+    def _killed(self, d: int) -> bool:
+        """Whether it dies now, perhaps for good; the last one that is left always comes back."""
+        if len(self.gone) < len(self._daemons) - 1 and self._faults.take("gone", d) is not None:
+            self.gone.add(d)
+            return True
+        return self._faults.take("kill", d) is not None
 
     def _start(self, d: int, one: _Daemon, request: Request) -> None:
         early = request.op != OP_READ and self._chance.one_in(2)
@@ -181,24 +181,30 @@ class Daemons:
         """Move the page and return the result, as the device of this plan does."""
         request = operation.request
         if request.op == OP_READ:
-            kinds = {fault.kind for fault in self._faults.due(d, READ)}
-            if "bad_block" in kinds:
-                one.bad.add(request.slot)
-            return self._read(one, request, kinds)
-        if self._faults.due(d, WRITE):
+            self._faults.see(READ, d)
+            return self._read(d, one, request)
+        self._faults.see(WRITE, d)
+        if self._faults.take("write_error", d) is not None:
             one.blocks[request.slot] = self._torn(one, operation)
             return -errno.EIO
         one.blocks[request.slot] = operation.snapshot or bytes(self._memory.page(request.frame))
         return PAGE_SIZE
 
-    def _read(self, one: _Daemon, request: Request, kinds: set[str]) -> int:
-        if request.slot in one.bad or "read_error" in kinds:
+    def _read(self, d: int, one: _Daemon, request: Request) -> int:
+        """A read: one fault at most, and none where it fails anyway (as swapd/faulty.py)."""
+        take = self._faults.take
+        if request.slot in one.bad:
+            return -errno.EIO
+        if take("bad_block", d) is not None:
+            one.bad.add(request.slot)
+            return -errno.EIO
+        if take("read_error", d) is not None:
             return -errno.EIO
         page = one.blocks.get(request.slot, bytes(PAGE_SIZE))
-        if "short_read" in kinds:
+        if take("short_read", d) is not None:
             self._memory.page(request.frame)[: PAGE_SIZE // 2] = page[: PAGE_SIZE // 2]
             return PAGE_SIZE // 2
-        if "bit_flip" in kinds:
+        if take("bit_flip", d) is not None:
             at = self._chance.between(0, PAGE_SIZE - 1)
             page = page[:at] + bytes([page[at] ^ 1 << self._chance.between(0, 7)]) + page[at + 1 :]
         self._memory.write_page(request.frame, page)

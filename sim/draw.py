@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
-from sim.plan import FAULTS, MODES_OF, DaemonPlan, FaultPlan, SimPlan, TaskPlan, VmPlan, pages_needed
+from sim.plan import FAULTS, LASTING, MODES_OF, DaemonPlan, FaultPlan, SimPlan, TaskPlan, VmPlan, pages_needed
 
 PROFILES_DRAWN: Final = ("mainline", "mainline", "mainline", "v7", "v7", "v3")
 MODE_WEIGHTS: Final = {"sync": 1, "halt": 3, "exception": 8, "interrupt": 12}
@@ -133,7 +133,7 @@ def _faults(rng: random.Random, daemons: int, kinds: Sequence[str]) -> tuple[Fau
 def _fault(rng: random.Random, daemons: int, kind: str) -> FaultPlan:
     if kind == "restart":
         return FaultPlan(kind, 0, rng.choice(EXITS))
-    lasts = kind in ("stop", "delay")
+    lasts = kind in LASTING
     return FaultPlan(
         kind,
         rng.randrange(daemons),

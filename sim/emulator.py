@@ -236,7 +236,9 @@ class Emulator:
     # -- the host ------------------------------------------------------------------------------------------
     def _exit_taken(self, cpu: int, record: Exit) -> None:
         self.host.feed(self.host.vcpus[cpu], ev.ExitTaken(record))
-        if self.faults.due(0, EXIT) and self._restart is None:
+        self.faults.see(EXIT)
+        # One that is due while another is under way waits for the end of that.
+        if self._restart is None and self.faults.take("restart") is not None:
             self._begin_restart()
         self._after()
 

@@ -40,9 +40,14 @@ FAULTS: Final = (
   bit
 * ``bad_block``: the block of the n-th read can never be read again
 * ``drop``, ``duplicate``, ``delay``: what becomes of the n-th message of the link, counted in both directions
-* ``gone``: as kill, and it never comes back; only where pages have two copies
+* ``gone``: as kill, and it never comes back; only where pages have two copies, and not to the last daemon that is left
 * ``restart``: with the n-th exit of a vCPU all guests are saved and go on in a fresh set of host, daemons and vCPUs
+
+Of several that are due at one occasion each waits for one at which it makes a difference: a message that is lost is neither doubled nor
+late, a read fails in one way, nobody dies twice.
 """
+LASTING: Final = ("stop", "delay")
+"""Kinds that are nothing without ``for_us``, and the only ones that have it."""
 US: Final = 1_000
 PAGES_MAX: Final = 1 << 20
 OPS_MAX: Final = 1 << 40
@@ -93,7 +98,7 @@ class DaemonPlan:
 
 @dataclass(frozen=True, slots=True)
 class FaultPlan:
-    """Something that goes wrong at the ``nth`` occasion; ``for_us`` where it lasts."""
+    """Something that goes wrong at the ``nth`` occasion; ``for_us`` where it lasts (`LASTING`), 0 elsewhere."""
 
     kind: str
     daemon: int
@@ -272,11 +277,13 @@ def _daemon(table: Reader) -> DaemonPlan:
 
 
 def _fault(table: Reader, daemons: int) -> FaultPlan:
+    kind = table.choice("kind", FAULTS)
+    lasts = kind in LASTING
     fault = FaultPlan(
-        kind=table.choice("kind", FAULTS),
+        kind=kind,
         daemon=table.number("daemon", 0, daemons - 1),
         nth=table.number("nth", 1, PAGES_MAX),
-        for_us=table.number("for_us", 0, RUN_US_MAX, default=0),
+        for_us=table.number("for_us", int(lasts), RUN_US_MAX * lasts, default=None if lasts else 0),
     )
     table.finish()
     return fault

@@ -86,16 +86,16 @@ class DaemonFaults:
     def process(self, now_ns: int, request: int = 0) -> None:
         """Kill or stop this process, if a step of a daemon has made that due."""
         for spec in self._mine:
-            if self.machine.pending(spec, now_ns) and self.machine.target(spec) == self.daemon:
+            if self.machine.target(spec) == self.daemon and self.machine.pending(spec, now_ns):
                 self.record(self.machine.fire(spec, now_ns), request)
                 self._end(SIGNALS[spec.kind])
 
     def take(self, kind: str, now_ns: int, request: int = 0) -> Firing | None:
         """A fault of this kind that happens now, or goes on: nth is 0 then. It is recorded when it begins."""
-        for firing in self.machine.take((kind,), _ROLE, self.daemon, now_ns):
+        if (firing := self.machine.take(kind, _ROLE, self.daemon, now_ns)) is not None:
             self.record(firing, request)
             return firing
-        going_on = self.machine.open(kind, _ROLE, self.daemon, now_ns)
+        going_on = self.machine.open(kind, self.daemon, now_ns)
         return Firing(going_on, self.daemon, 0) if going_on is not None else None
 
     def record(self, firing: Firing, request: int) -> None:
@@ -184,22 +184,25 @@ class FaultyEngine:
         self.faults.step("io.done", now_ns, tag)
         if self.faults.take("device_gone", now_ns, tag) is not None:
             return -ERRORS["device_gone"]
+        # Whatever else is due waits for an operation that works.
+        if res != PAGE_SIZE:
+            return res
         if operation.op == READ:
-            return self._read(operation, tag, res, now_ns)
+            return self._read(operation, tag, now_ns)
         for kind in ("write_error", "no_space"):
             if self.faults.take(kind, now_ns, tag) is not None:
                 return -ERRORS[kind]
         return res
 
-    def _read(self, operation: _Operation, tag: int, res: int, now_ns: int) -> int:
+    def _read(self, operation: _Operation, tag: int, now_ns: int) -> int:
+        """A read that brought its page: one fault at most."""
+        if operation.slot in self.faults.bad:
+            return -ERRORS["bad_block"]
         if self.faults.take("bad_block", now_ns, tag) is not None:
             self.faults.bad.add(operation.slot)
-        if operation.slot in self.faults.bad:
             return -ERRORS["bad_block"]
         if self.faults.take("read_error", now_ns, tag) is not None:
             return -ERRORS["read_error"]
-        if res != PAGE_SIZE:
-            return res
         at = operation.frame * PAGE_SIZE
         page = self._memory[at : at + PAGE_SIZE]
         if (firing := self.faults.take("short_read", now_ns, tag)) is not None:
@@ -209,7 +212,7 @@ class FaultyEngine:
         if (firing := self.faults.take("bit_flip", now_ns, tag)) is not None:
             rng = self.faults.random(firing, tag)
             page[rng.randrange(PAGE_SIZE)] ^= np.uint8(1 << rng.randrange(8))
-        return res
+        return PAGE_SIZE
 
     def close(self) -> None:
         """See `swapd.engine.Engine.close`."""

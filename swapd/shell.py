@@ -80,6 +80,7 @@ class SwapdShell:
         self.bad_messages = 0
         self.welcome = False
         self.hello_due_ns = 0
+        self.has_said_hello = False
         self.leaving = False
         self.context = link.new_context()
         self._opened.callback(self.context.destroy)
@@ -140,8 +141,10 @@ class SwapdShell:
             self._connect()
         self.hello_due_ns = now_ns + HELLO_EVERY_NS
         self._send(wire.Hello(wire.Role.SWAPD, self.daemon, self.epoch, os.getpid()))
-        if self.faults is not None:
+        # The step is a start: neither a repetition nor a new connection is one.
+        if self.faults is not None and not self.has_said_hello:
             self.faults.step("daemon.hello", now_ns)
+        self.has_said_hello = True
 
     def _on_faults(self, faults: DaemonFaults, now_ns: int) -> None:
         """Close the connection, or make it again."""

@@ -85,6 +85,20 @@ def test_messages_are_lost_and_doubled(bench: Bench) -> None:
     assert bench.events() == [(0, "drop", 0, 1), (1, "duplicate", 0, 1)]
 
 
+def test_each_fault_of_a_link_makes_a_difference(bench: Bench) -> None:
+    kinds = ("drop", "drop", "duplicate", "delay")
+    faults = bench.of(*(fault(n, kind, for_ns=5 * MS * (kind == "delay")) for n, kind in enumerate(kinds)))
+    assert bench.send("a", "b", "c", "d") == ["d"], "two are lost, the third is doubled and late"
+    faults.turn(START + 1 + 5 * MS)
+    assert bench.got == ["c", "c"]
+    assert bench.events() == [
+        (0, "drop", 0, 1),
+        (1, "drop", 0, 1),
+        (2, "duplicate", 0, 1),
+        (3, "delay", 0, 1),
+    ]
+
+
 def test_a_late_message_is_overtaken_and_arrives(bench: Bench) -> None:
     faults = bench.of(fault(0, "delay", nth=1, for_ns=5 * MS), fault(1, "duplicate", nth=1))
     assert bench.send("a", "b") == ["b"]
@@ -111,6 +125,14 @@ def test_only_connections_to_daemons_elsewhere_are_the_hosts_to_close(bench: Ben
     faults.turn(START + 11)
     assert bench.closed == [(1, START + 10 + 5 * MS)]
     assert faults.machine.pending(specs[0], START + 11), "the daemon's own"
+
+
+def test_a_connection_that_is_closed_is_not_closed_again(bench: Bench) -> None:
+    specs = [Spec(i, "disconnect", "swapd", (1,), times_ns=(10,), for_ns=5 * MS) for i in (0, 1)]
+    faults = bench.of(*specs, elsewhere=frozenset({1}))
+    for at_ns in (10, 11, 10 + 5 * MS):
+        faults.turn(START + at_ns)
+    assert bench.closed == [(1, START + 10 + 5 * MS), (1, START + 10 + 10 * MS)]
 
 
 def test_a_process_is_killed_at_the_step_and_at_no_other(
@@ -150,6 +172,24 @@ def test_a_daemon_that_is_gone_is_waited_for(bench: Bench, child: subprocess.Pop
     faults.step("swap_in.sent", "swapd", 0, START + 3)
     assert child.wait(WAIT_S) == -signal.SIGKILL
     assert faults.machine.word(spec, FIRED) == 1
+
+
+def test_nobody_dies_twice(bench: Bench, child: subprocess.Popen[bytes]) -> None:
+    faults = bench.of(*(fault(n, "kill", "swap_in.sent") for n in (0, 1)))
+    faults.hello("swapd", 0, child.pid)
+    faults.step("swap_in.sent", "swapd", 0, START + 1)
+    faults.step("swap_in.sent", "swapd", 0, START + 2)
+    fired = [faults.machine.word(spec, FIRED) for spec in faults.machine.specs]
+    assert fired == [1, 0], "the second waits for a successor"
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    faults.hello("swapd", 0, child.pid)
+    faults.step("swap_in.sent", "swapd", 0, START + 3)
+    assert faults.machine.word(faults.machine.specs[1], FIRED) == 0, "dead, and not reaped yet"
+    second = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    faults.hello("swapd", 0, second.pid)
+    faults.step("swap_in.sent", "swapd", 0, START + 4)
+    assert second.wait(WAIT_S) == -signal.SIGKILL
+    assert [token for _, _, _, token in bench.events()] == [1, 1]
 
 
 def test_a_process_of_somebody_else_is_never_signalled(bench: Bench) -> None:

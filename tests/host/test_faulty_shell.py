@@ -65,10 +65,12 @@ Make = Callable[..., Shell]
 def make(tmp_path: Path) -> Iterator[Make]:
     made: list[tuple[Shell, dict[str, Any]]] = []
 
-    def shell_with(*faults: dict[str, Any], started: bool = True, daemons: int = 1) -> Shell:
+    def shell_with(
+        *faults: dict[str, Any], started: bool = True, daemons: int = 1, replicas: int = 1
+    ) -> Shell:
         topology = Topology.from_dict(
             {
-                "host": {"allowance_mib": 4},
+                "host": {"allowance_mib": 4, "replicas": replicas},
                 "vm": [{"memory_mib": 8, "task": [{"memory_kib": 4}]}],
                 "swapd": [{}] * daemons,
                 "fault": list(faults),
@@ -157,3 +159,15 @@ def test_nothing_is_counted_before_the_barrier_and_after_the_stop(make: Make) ->
     shell.ask(1)
     assert len(shell.heard(wire.Io)) == before + 1
     assert shell.word(0, SEEN) == 2
+
+
+def test_the_turns_of_a_daemon_that_is_gone_for_good_are_those_of_the_others(make: Make) -> None:
+    shell = make({"do": "drop", "nth": 1}, {"do": "bit_flip", "every_ms": 100}, daemons=2, replicas=2)
+    shell.say(wire.Hello(wire.Role.SWAPD, 1, 0, 1), link.swapd_identity(1, 0))
+    machine = shell.faults.machine
+    assert [machine.target(spec) for spec in machine.specs] == [0, 0]
+    for report in (wire.DaemonDown(0, 0), wire.DaemonFenced(0, 0), wire.DaemonGone(0, "tired")):
+        shell.say(report, link.launcher_identity())
+    assert [machine.target(spec) for spec in machine.specs] == [1, 1]
+    assert shell.ask(1) == [], "the message to the other one is lost"
+    assert shell.word(0, FIRED) == 1

@@ -73,6 +73,37 @@ def test_what_happens_once_waits_for_its_target() -> None:
     assert obey(chaos, START + 10 * S) == []
 
 
+def test_a_daemon_that_is_gone_for_good_is_nobodys_target() -> None:
+    chaos = chaos_of(
+        {"do": "kill", "every_ms": 1000}, {"do": "kill", "after": 0.5}, {"do": "kill", "on": "swapd-0"}
+    )
+    chaos.machine.gone(0)
+    assert obey(chaos, START + S) == [("swapd-1", signal.SIGKILL), ("swapd-1", signal.SIGKILL)]
+    assert obey(chaos, START + 2 * S) == [("swapd-1", signal.SIGKILL)]
+    assert obey(chaos, START + 3 * S) == [("swapd-1", signal.SIGKILL)]
+
+
+def test_whom_others_killed_is_known_also_when_one_was_gone() -> None:
+    chaos = chaos_of({"do": "kill", "at": "read.done", "times": 9})
+    (kill,) = chaos.machine.specs
+    for gone, expected in ((False, [0]), (True, [1]), (False, [1, 1])):
+        if gone:
+            chaos.machine.gone(0)
+        for _ in expected:
+            chaos.machine.fire(kill, START + S)
+        assert chaos.look() == [(kill, number) for number in expected]
+
+
+def test_nobody_is_killed_after_the_measured_time() -> None:
+    chaos = chaos_of({"do": "kill", "after": 4.99}, {"do": "stop", "after": 1.0, "for_ms": 9000})
+    assert obey(chaos, START + S) == [("swapd-0", signal.SIGSTOP)]
+    chaos.look()
+    chaos.machine.stop(START + 5 * S)
+    assert chaos.due(START + 5 * S) == []
+    assert chaos.wakes_ns(START + 5 * S) == START + 10 * S, "who stands still goes on"
+    assert chaos.over(START + 10 * S) == [("swapd", 0)]
+
+
 def test_a_stopped_process_goes_on_and_the_later_of_two_stops_counts(tmp_path: Path) -> None:
     path = tmp_path / "launcher.bin"
     chaos = chaos_of(
@@ -108,7 +139,7 @@ def test_kills_by_another_hand_are_seen_each_with_its_target() -> None:
         chaos.machine.fire(kill, START + S)
     for _ in range(2):
         chaos.machine.fire(stop, START + S)
-    assert chaos.look() == [(kill, 0), (kill, 1), (kill, 0)]
+    assert chaos.look() == [(kill, 0), (kill, 0), (kill, 1)]
     assert chaos.look() == []
     assert chaos.over(START + S + 5 * MS) == [("swapd", 0), ("swapd", 1)], "each that stands still"
     assert chaos.why(kill) == "as fault 0 of the schedule wants: kill 1st read.done, 3 times"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from array import array
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,10 +14,10 @@ from host.reads import STRIKES_MAX
 from proto.faults import (
     BAD_WORDS,
     FIRED,
+    FOREVER_NS,
     KINDS,
     LAST_NS,
     NATURAL,
-    ON,
     READ_TRIES,
     SEEN,
     STEPS,
@@ -49,7 +51,9 @@ def timed(*times_ms: int, **more: Any) -> Spec:
 
 
 def hit(made: FaultMachine, now_ns: int, number: int = 0, role: str = "swapd") -> list[tuple[str, int, int]]:
-    return [(f.spec.kind, f.number, f.nth) for f in made.take(KINDS, role, number, now_ns)]
+    """One fault of each kind at most."""
+    found = [made.take(kind, role, number, now_ns) for kind in KINDS]
+    return [(f.spec.kind, f.number, f.nth) for f in found if f is not None]
 
 
 def test_the_nth_occasion_of_a_step_and_no_other() -> None:
@@ -92,7 +96,7 @@ def test_daemons_take_turns() -> None:
         if made.step("read.done", "swapd", number, START + 1):
             found += hit(made, START + 1, number)
     assert found == [("kill", 0, 1), ("kill", 1, 2), ("kill", 0, 3)]
-    assert made.word(made.specs[0], ON) == 0
+    assert [made.fired_at(made.specs[0], number) for number in (0, 1)] == [2, 1]
 
 
 def test_nothing_happens_before_the_barrier_or_after_the_stop() -> None:
@@ -102,9 +106,38 @@ def test_nothing_happens_before_the_barrier_or_after_the_stop() -> None:
     made.start(START)
     made.stop(START + 5 * MS)
     assert not made.step("read.done", "swapd", 0, START + 6 * MS)
-    assert hit(made, START + 20 * MS) == [("kill", 0, 1)], "the first time had passed, the second never comes"
-    assert hit(made, START + 30 * MS) == []
+    assert hit(made, START + 20 * MS) == []
+    assert made.next_ns(made.specs, START + 1) is None
     assert made.word(made.specs[0], SEEN) == 0
+
+
+def test_what_is_due_at_the_stop_has_not_happened_and_what_lasts_goes_on() -> None:
+    made = machine(
+        at_step(kind="bit_flip", step="read.done"),
+        timed(10, number=1, kind="drop"),
+        timed(10, 11, 12, number=2, merges=True),
+        timed(10, number=3, kind="slow", for_ns=50 * MS),
+        timed(30, number=4),
+    )
+    made.step("read.done", "swapd", 0, START + 10 * MS)
+    assert made.take("slow", "swapd", 0, START + 10 * MS) is not None
+    assert made.take("kill", "swapd", 0, START + 10 * MS) is not None
+    made.stop(START + 20 * MS)
+    assert hit(made, START + 10_000 * MS) == []
+    assert made.open("slow", 0, START + 59 * MS) == made.specs[3]
+    assert [made.left_over(spec) for spec in made.specs] == [True, True, True, False, False]
+    found = [outcome(spec, made) for spec in made.specs]
+    late = "; it was due, and the measured time was over before there was anything it could happen to"
+    assert found == [
+        f"happened 0 times of 1 (the step was seen 1 times){late}",
+        f"happened 0 times of 1{late}",
+        "",
+        "",
+        "happened 0 times of 1",
+    ], "one that comes again and again may be passed over at the end as anywhere else"
+    never = machine(timed(10, 11, merges=True))
+    never.stop(START + 20 * MS)
+    assert outcome(never.specs[0], never) == f"never happened, 2 times were scheduled{late}"
 
 
 def test_occasions_outside_the_window_do_not_count() -> None:
@@ -138,12 +171,151 @@ def test_one_that_was_to_happen_once_waits() -> None:
 
 def test_what_lasts_is_open_at_its_target_until_its_end() -> None:
     made = machine(timed(10, kind="slow", for_ns=5 * MS), timed(10, kind="device_gone", number=1))
-    assert made.open("slow", "swapd", 0, START + 12 * MS) is None, "nothing has begun"
+    assert made.open("slow", 0, START + 12 * MS) is None, "nothing has begun"
     assert hit(made, START + 12 * MS) == [("slow", 0, 1), ("device_gone", 0, 1)]
-    assert made.open("slow", "swapd", 0, START + 16 * MS) == made.specs[0]
-    assert made.open("slow", "swapd", 1, START + 16 * MS) is None
-    assert made.open("slow", "swapd", 0, START + 17 * MS) is None
-    assert made.open("device_gone", "swapd", 0, START + 12 * MS) is None, "it lasts for one operation"
+    assert made.open("slow", 0, START + 16 * MS) == made.specs[0]
+    assert made.open("slow", 1, START + 16 * MS) is None
+    assert made.open("slow", 0, START + 17 * MS) is None
+    assert made.open("device_gone", 0, START + 12 * MS) is None, "it lasts for one operation"
+
+
+@pytest.mark.parametrize("kind", ["slow", "read_error", "device_gone"])
+def test_what_lasts_at_one_daemon_goes_on_while_it_begins_at_the_next(kind: str) -> None:
+    for for_ns, ends in ((FOREVER_NS, False), (15 * MS, True)):
+        made = machine(timed(10, 20, kind=kind, merges=True, targets=(0, 1), for_ns=for_ns))
+        assert hit(made, START + 10 * MS, 0) == [(kind, 0, 1)]
+        assert hit(made, START + 20 * MS, 1) == [(kind, 1, 2)]
+        assert [made.open(kind, daemon, START + 21 * MS) for daemon in (0, 1)] == list(made.specs) * 2
+        later = [made.open(kind, daemon, START + 26 * MS) for daemon in (0, 1)]
+        assert later == ([None, made.specs[0]] if ends else list(made.specs) * 2)
+
+
+class Watched(list[int]):
+    """Words of which each that is written is told, as another process may look after each."""
+
+    told: Callable[[], object] | None = None
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        super().__setitem__(index, value)
+        if self.told is not None:
+            self.told()
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        timed(10, kind="bit_flip", targets=(0, 1)),
+        timed(10, kind="bit_flip", targets=(0, 1), merges=True),
+        at_step(kind="bit_flip", step="read.done", targets=(0, 1)),
+    ],
+)
+def test_a_target_in_turn_acts_only_after_all_of_the_one_before_is_written(spec: Spec) -> None:
+    words = Watched([0] * words_needed(1, 2))
+    mine, other = FaultMachine([spec], words), FaultMachine([spec], words)
+    mine.start(START)
+    mine.step("read.done", "swapd", 0, START + 10 * MS)
+    found = []
+    words.told = lambda: found.append((other.target(spec), hit(other, START + 10 * MS, 1)))
+    assert hit(mine, START + 10 * MS, 0) == [("bit_flip", 0, 1)]
+    words.told = None
+    assert {taken for _, hits in found for taken in hits} == set(), "what was to happen once happened once"
+    assert [number for number, _ in found] == [0] * (len(found) - 1) + [1], "the turn comes last"
+    assert mine.word(spec, FIRED) == 1
+
+
+def test_who_asks_whose_turn_it_is_asks_that_first() -> None:
+    """The turn is handed on between two looks of the next target: it sees all of it, or nothing."""
+    spec = timed(10, kind="bit_flip", targets=(0, 1))
+
+    class Late(list[int]):
+        reads = 0
+        act: Callable[[], object] | None = None
+
+        def __getitem__(self, index: Any) -> Any:
+            value = super().__getitem__(index)
+            self.reads -= 1
+            if not self.reads and self.act is not None:
+                act, self.act = self.act, None
+                act()
+            return value
+
+    for reads in range(1, 30):
+        words = Late([0] * words_needed(1, 2))
+        other = FaultMachine([spec], words)
+        other.start(START)
+        words.reads = reads
+        words.act = partial(hit, FaultMachine([spec], words), START + 10 * MS, 0)
+        assert hit(other, START + 10 * MS, 1) == [], reads
+
+
+def test_of_two_at_one_operation_one_waits_for_the_next() -> None:
+    made = machine(*(at_step(n, "bit_flip", step="read.done", nth=5) for n in (0, 1)))
+    for _ in range(5):
+        made.step("read.done", "swapd", 0, START + 1)
+    for fired in ([1, 0], [1, 1], [1, 1]):
+        made.take("bit_flip", "swapd", 0, START + 1)
+        assert [made.word(spec, FIRED) for spec in made.specs] == fired
+
+
+@pytest.mark.parametrize(
+    ("kinds", "arrivals"),
+    [
+        ((), [(1, 0)]),
+        (("drop", "delay"), [(0, 0), (1, 7), (1, 0)]),
+        (("delay", "drop"), [(0, 0), (1, 7), (1, 0)]),
+        (("drop", "duplicate"), [(0, 0), (2, 0), (1, 0)]),
+        (("drop", "drop"), [(0, 0), (0, 0), (1, 0)]),
+        (("duplicate", "delay"), [(2, 7), (1, 0)]),
+        (("delay", "delay"), [(1, 7), (1, 7), (1, 0)]),
+    ],
+)
+def test_what_becomes_of_messages(kinds: tuple[str, ...], arrivals: list[tuple[int, int]]) -> None:
+    """Each that is due at the first message makes a difference, at that or at a later one."""
+    made = machine(
+        *(at_step(n, kind, step="link.message", for_ns=7 * (kind == "delay")) for n, kind in enumerate(kinds))
+    )
+    made.step("link.message", "swapd", 0, START + 1)
+    found = [made.deliver(0, START + 1) for _ in arrivals]
+    assert [(one.copies, one.later_ns) for one in found] == arrivals
+    assert sorted(f.spec.number for one in found for f in one.firings) == list(range(len(kinds)))
+
+
+def test_a_daemon_that_is_gone_for_good_has_no_turn() -> None:
+    made = machine(
+        timed(10, 20, 30, kind="bit_flip", merges=True, targets=(0, 1)),
+        at_step(1, "kill", step="read.done", targets=(0, 1), scheduled=2),
+        timed(10, kind="drop", number=2, targets=(0, 1)),
+        timed(10, kind="slow", number=3, targets=(0,), for_ns=MS),
+    )
+    assert not made.step("read.done", "swapd", 1, START + MS), "it is the other's turn"
+    made.gone(0)
+    found = []
+    for ms in (10, 20, 30):
+        made.step("read.done", "swapd", 1, START + ms * MS)
+        found.append(hit(made, START + ms * MS, 1))
+    assert found == [
+        [("kill", 1, 1), ("bit_flip", 1, 1), ("drop", 1, 1)],
+        [("kill", 1, 2), ("bit_flip", 1, 2)],
+        [("bit_flip", 1, 3)],
+    ]
+    assert not made.pending(made.specs[3], START + 40 * MS), "nobody is left that it could happen to"
+    assert [bool(outcome(spec, made)) for spec in made.specs] == [False, False, False, True]
+    made.gone(1)
+    assert not made.pending(made.specs[0], START + 40 * MS)
+    assert made.target(made.specs[0]) in (0, 1)
+
+
+def test_the_others_go_on_taking_turns() -> None:
+    spec = at_step(kind="bit_flip", step="read.done", targets=(0, 1, 2), scheduled=9)
+    made = FaultMachine([spec], [0] * words_needed(1, 3))
+    made.start(START)
+    made.gone(0)
+    found = []
+    for _ in range(4):
+        found.append(made.target(spec))
+        made.step("read.done", "swapd", made.target(spec), START + 1)
+        made.take("bit_flip", "swapd", made.target(spec), START + 1)
+    assert found == [1, 2, 1, 2]
 
 
 def test_the_words_outlive_the_machine() -> None:

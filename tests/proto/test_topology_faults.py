@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from proto.errors import UserError
-from proto.faults import FOREVER_NS, KINDS
+from proto.faults import BAD_WORDS, FOREVER_NS, KINDS
 from proto.topology import Topology, load
 from proto.topology_faults import describe, schedule
 
@@ -76,7 +76,18 @@ def test_random_times_follow_from_the_seed_and_are_never_none() -> None:
     for seed in range(20):
         (rare,) = specs({"do": "drop", "rate_per_s": 0.001, "until": 0.5}, seed=seed)
         assert len(rare.times_ns) == rare.scheduled == 1
-        assert 0 <= rare.times_ns[0] < 500 * MS
+        assert 0 <= rare.times_ns[0] <= 250 * MS
+
+
+def test_random_times_are_never_only_at_the_end() -> None:
+    """Or whether a run fails would hang on its seed: too late is not at all."""
+    firsts = []
+    for seed in range(200):
+        (spec,) = specs({"do": "drop", "rate_per_s": 0.3, "after": 1.0}, seed=seed)
+        assert list(spec.times_ns) == sorted(spec.times_ns)
+        assert spec.scheduled == len(spec.times_ns) >= 1
+        firsts.append(spec.times_ns[0])
+    assert 1000 * MS <= min(firsts) < max(firsts) <= 3000 * MS
 
 
 @pytest.mark.parametrize(
@@ -118,6 +129,14 @@ def test_words_for_people(fault: dict[str, Any], words: str) -> None:
         ({"do": "drop", "nth": 1, "after": 2, "until": 2}, "until", "nothing can happen"),
         ({"do": "drop", "after": 1, "until": 2}, "until", "happens once"),
         ({"do": "drop", "every_ms": 5000}, "every_ms", "behind the last"),
+        ({"do": "drop", "every_ms": 2000, "until": 2.0000000005}, "every_ms", "behind the last"),
+        ({"do": "drop", "rate_per_s": 5, "after": 1.0, "until": 1.0000000001}, "until", "nothing can happen"),
+        (
+            {"do": "bad_block", "rate_per_s": 5, "after": 1.0, "until": 1.0000000001},
+            "until",
+            "nothing can happen",
+        ),
+        ({"do": "drop", "nth": 1, "after": 1.0, "until": 1.0000000001}, "until", "nothing can happen"),
         ({"do": "drop", "rate_per_s": 10_000, "until": 5.0, "times": 1, "after": 0, "nth": 0}, None, ""),
         ({"do": "stop"}, "for_ms", "how long is missing"),
         ({"do": "delay"}, "for_ms", "how long is missing"),
@@ -135,6 +154,32 @@ def test_what_makes_no_sense_is_refused(fault: dict[str, Any], key: str | None, 
         topology({"do": "kill"}, fault)
     assert caught.value.key == f"fault[1].{key}"
     assert caught.value.allowed
+
+
+def test_the_shortest_times_that_are_accepted_can_come() -> None:
+    for fault in (
+        {"do": "drop", "every_ms": 2000, "until": 2.000000002},
+        {"do": "bad_block", "rate_per_s": 5, "after": 1.0, "until": 1.000000002},
+        {"do": "drop", "after": 4.9999999},
+    ):
+        (spec,) = specs(fault)
+        assert spec.scheduled == len(spec.times_ns) == 1
+        assert spec.from_ns <= spec.times_ns[0] < spec.until_ns <= 5000 * MS
+
+
+def test_bad_blocks_are_bounded_by_what_is_really_drawn() -> None:
+    """Each fault draws from a stream of its own: no schedule that is accepted has more than the daemon has words for."""
+    accepted = 0
+    for seed in range(60):
+        faults = ({"do": "drop", "after": 0.5}, {"do": "bad_block", "rate_per_s": 500.0})
+        values = {"run": {"seconds": 1.0, "seed": seed}, "fault": list(faults)}
+        try:
+            found = Topology.from_dict(values)
+        except UserError:
+            continue
+        accepted += 1
+        assert schedule(found.fault, 1, 1.0, seed)[1].scheduled < BAD_WORDS
+    assert accepted > 10
 
 
 def test_more_than_can_be_counted_is_refused_before_it_is_drawn() -> None:

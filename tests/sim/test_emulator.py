@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from proto.machine import Path as Steps
 from proto.profile import PROFILES
 from proto.stats import HostCounter
 from sim.draw import draw
-from sim.emulator import Emulator
-from sim.plan import FAULTS, DaemonPlan, FaultPlan, SimPlan, TaskPlan, VmPlan, pages_needed
+from sim.emulator import HOST, Emulator
+from sim.plan import FAULTS, US, DaemonPlan, FaultPlan, SimPlan, TaskPlan, VmPlan, pages_needed
 
 ROOT = Path(__file__).resolve().parents[2]
 CLEAN = [range(first, first + 500) for first in range(0, 2_000, 500)]
@@ -242,6 +243,86 @@ def test_guests_go_on_in_a_fresh_set(profile: str, mode: str) -> None:
     assert kinds[Kind.STATE_SAVE] == kinds[Kind.STATE_RESTORE] == 3
     assert kinds[Kind.TASK_DONE] == 2
     assert emulator.guests.reads_checked > 2 * 512 * 40, "the sweep at the end has read all pages"
+
+
+def test_a_restart_that_is_due_during_another_comes_after_it() -> None:
+    restarts = tuple(FaultPlan("restart", 0, nth) for nth in (30, 30, 31))
+    emulator, kinds = events_of(small(*restarts))
+    assert emulator.faults.fired == {"restart": 3}
+    assert (emulator.sets, kinds[Kind.STATE_SAVE]) == (4, 3), "each that counts was done"
+
+
+def test_of_several_faults_at_one_read_each_has_one_of_its_own() -> None:
+    """A block that is bad, an error, half a page and a wrong bit cannot all be of one read."""
+    for wanted in (("bit_flip",) * 2, ("read_error", "short_read"), ("read_error", "bit_flip", "bit_flip")):
+        emulator, _ = events_of(small(*(FaultPlan(kind, 0, 5) for kind in wanted)))
+        assert emulator.faults.fired == Counter(wanted)
+        counts = emulator.log.counts
+        assert counts[HostCounter.CHECKSUM_ERRORS] == wanted.count("bit_flip")
+        assert counts[HostCounter.IO_RETRIES] == len(wanted), "each cost a read"
+
+
+def test_a_read_of_a_bad_block_is_no_occasion_for_more() -> None:
+    """All tries of its page fail by the block; a wrong bit that is due then is had by a read that works, or by none."""
+    happened = []
+    for nth in range(3, 12):
+        emulator, _ = events_of(small(FaultPlan("bad_block", 0, 5), FaultPlan("bit_flip", 0, nth)))
+        happened.append(emulator.faults.fired["bit_flip"])
+        assert emulator.faults.fired["bad_block"] == 1
+        assert emulator.log.counts[HostCounter.CHECKSUM_ERRORS] == happened[-1]
+    assert set(happened) == {0, 1}
+
+
+def test_nobody_dies_twice_or_stands_still_dead() -> None:
+    emulator, kinds = events_of(
+        small(FaultPlan("kill", 0, 5), FaultPlan("kill", 0, 5), FaultPlan("stop", 0, 5, 400))
+    )
+    assert emulator.faults.fired == {"kill": 2, "stop": 1}
+    assert emulator.daemons.deaths == kinds[Kind.DAEMON_DOWN] == 2
+
+
+def test_the_last_daemon_that_is_left_never_goes_for_good() -> None:
+    emulator, kinds = events_of(on_two(FaultPlan("gone", 0, 10), FaultPlan("gone", 1, 30)))
+    assert emulator.faults.fired == {"gone": 1}
+    assert kinds[Kind.DAEMON_GONE] == kinds[Kind.DAEMON_DOWN] == 1
+
+
+def arrived(emulator: Emulator, *names: str) -> list[tuple[str, bool]]:
+    """Who arrives of messages that a daemon sends one after the other, and whether late."""
+    got: list[tuple[str, bool]] = []
+
+    def arrive(name: str) -> None:
+        got.append((name, emulator.agenda.now_ns >= LATE_US * US))
+
+    for name in names:
+        emulator.daemons._send(0, HOST, 1, partial(arrive, name))
+    while emulator.agenda.step():
+        pass
+    return sorted(got)
+
+
+LATE_US = 1_000
+"""Of a delay: far longer than a message or its copy takes."""
+
+
+@pytest.mark.parametrize(
+    ("kinds", "arrivals"),
+    [
+        (("drop", "delay"), [("b", True)]),
+        (("drop", "duplicate"), [("b", False), ("b", False)]),
+        (("drop", "drop"), []),
+        (("duplicate", "delay"), [("a", True), ("a", True), ("b", False)]),
+        (("delay", "delay"), [("a", True), ("b", True)]),
+        (("duplicate", "duplicate"), [("a", False), ("a", False), ("b", False), ("b", False)]),
+    ],
+)
+def test_messages_are_lost_doubled_and_late_as_in_a_real_run(
+    kinds: tuple[str, ...], arrivals: list[tuple[str, bool]]
+) -> None:
+    """proto/faults.py `FaultMachine.deliver`: what is due at the first message, and makes no difference there, waits."""
+    emulator = Emulator(small(*(FaultPlan(kind, 0, 1, LATE_US * (kind == "delay")) for kind in kinds)))
+    assert arrived(emulator, "a", "b") == arrivals
+    assert emulator.faults.fired == Counter(kinds)
 
 
 def test_a_restart_in_the_middle_of_a_dead_daemon() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from proto.errors import UserError
 from proto.topology import load as load_topology
 from sim.draw import draw
 from sim.from_topology import plan_of
-from sim.plan import FAULTS, MODES_OF, FaultPlan, SimPlan, load, parse, to_toml
+from sim.plan import FAULTS, LASTING, MODES_OF, FaultPlan, SimPlan, load, parse, to_toml
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAN = replace(draw(3), profile="mainline", mode="interrupt", replicas=1, hedge_us=0)
@@ -56,6 +57,38 @@ def test_a_topology_says_how_many_copies() -> None:
     assert any(fault.kind == "gone" for plan in plans for fault in plan.faults)
     one = load_topology(ROOT / "topologies" / "quickstart.toml", ())
     assert not any(fault.kind == "gone" for seed in range(60) for fault in plan_of(one, seed, FAULTS).faults)
+
+
+@pytest.mark.parametrize(
+    ("kind", "for_us", "accepted"),
+    [
+        ("stop", 1, True),
+        ("delay", 1, True),
+        ("stop", 0, False),
+        ("delay", 0, False),
+        ("kill", 0, True),
+        ("kill", 1, False),
+    ],
+)
+def test_what_lasts_has_a_length_and_nothing_else_has(kind: str, for_us: int, accepted: bool) -> None:
+    plan = replace(PLAN, faults=(FaultPlan(kind, 0, 1, for_us),))
+    if accepted:
+        assert parse_back(plan) == plan
+        return
+    with pytest.raises(UserError, match="for_us"):
+        parse_back(plan)
+
+
+def test_the_length_of_what_lasts_must_be_given() -> None:
+    text = to_toml(replace(PLAN, faults=(FaultPlan("stop", 0, 1, 5),)))
+    with pytest.raises(UserError, match="for_us"):
+        parse(tomllib.loads(text.replace("for_us = 5", "")), "written")
+
+
+def test_everything_drawn_that_lasts_has_a_length() -> None:
+    drawn = [fault for seed in range(300) for fault in draw(seed).faults]
+    assert {bool(fault.for_us) for fault in drawn if fault.kind in LASTING} == {True}
+    assert {fault.for_us for fault in drawn if fault.kind not in LASTING} == {0}
 
 
 def changed(plan: SimPlan, old: str, new: str) -> str:
@@ -119,8 +152,6 @@ def test_a_topology_gives_its_machine() -> None:
 
 
 def parse_back(plan: SimPlan) -> SimPlan:
-    import tomllib
-
     return parse(tomllib.loads(to_toml(plan)), "written")
 
 

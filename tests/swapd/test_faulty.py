@@ -143,6 +143,31 @@ def test_a_bad_block_stays_bad_whatever_is_written_and_whoever_reads(bench: Benc
     assert bench.events() == [(0, "bad_block", 1, 7)]
 
 
+def test_of_several_faults_at_one_read_each_has_one_of_its_own(bench: Bench) -> None:
+    kinds = ("bit_flip", "bit_flip", "short_read", "read_error", "bad_block")
+    bench.with_faults(*(fault(n, kind, "read.done") for n, kind in enumerate(kinds)))
+    results = [bench.io(READ, 5, tag=7), *(bench.io(READ, 6, tag=8 + n) for n in range(5))]
+    half = BLOCK_BYTES // 2
+    assert results == [-errno.EIO, -errno.EIO, half, BLOCK_BYTES, BLOCK_BYTES, BLOCK_BYTES]
+    assert (bench.frame() == good(6)).all(), "the last read is as it should be"
+    assert bench.events() == [
+        (4, "bad_block", 1, 7), (3, "read_error", 1, 8), (2, "short_read", 1, 9), (0, "bit_flip", 1, 10), (1, "bit_flip", 1, 11),
+    ]  # fmt: skip
+
+
+def test_a_read_that_fails_anyway_is_no_occasion_for_more(bench: Bench) -> None:
+    bench.with_faults(
+        fault(0, "bad_block", "read.done"),
+        fault(1, "bad_block", "read.done", nth=2),
+        fault(2, "bit_flip", "read.done", nth=2),
+    )
+    assert [bench.io(READ, 5) for _ in range(3)] == [-errno.EIO] * 3
+    assert [bench.machine.word(spec, FIRED) for spec in bench.machine.specs] == [1, 0, 0]
+    assert bench.io(READ, 6) == -errno.EIO, "a second block goes bad"
+    assert bench.io(READ, 7) == BLOCK_BYTES
+    assert np.unpackbits(bench.frame() ^ good(7)).sum() == 1
+
+
 def test_a_device_that_is_gone_comes_back(bench: Bench) -> None:
     bench.with_faults(fault(0, "device_gone", "io.done", for_ns=100))
     results = []
