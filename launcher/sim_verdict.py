@@ -196,7 +196,7 @@ def _left_over(emulator: Emulator) -> list[str]:
     return found
 
 
-_LEAVE_ONE_COPY: Final = ("kill", "gone", "write_error", "stall", "drop", "delay", "restart")
+_LEAVE_ONE_COPY: Final = ("kill", "gone", "write_error", "stop", "drop", "delay", "restart")
 """Faults after which a page may have one copy only."""
 
 

@@ -53,6 +53,9 @@ class Agenda:
     def demote(self, actor: int) -> None:
         """``actor`` cannot get on before others do (it spins on a lock)."""
 
+    def calm_down(self) -> None:
+        """From now on everybody has a turn when their time has come: what is kept from acting for ever would never drain."""
+
     def step(self) -> bool:
         """Do the next action; False when there is none."""
         if not self._heap:
@@ -73,7 +76,7 @@ class PriorityAgenda(Agenda):
     Actor 0 acts by the clock: nobody can make it act before its time, so it waits for that unless nobody else has anything to do.
     """
 
-    __slots__ = ("_changes", "_order", "_queues", "_steps")
+    __slots__ = ("_calm", "_changes", "_order", "_queues", "_steps")
 
     def __init__(self, order: Sequence[int], changes: Sequence[int]) -> None:
         super().__init__()
@@ -81,6 +84,11 @@ class PriorityAgenda(Agenda):
         self._queues: dict[int, list[_Item]] = {actor: [] for actor in order}
         self._changes = list(changes)
         self._steps = 0
+        self._calm = False
+
+    def calm_down(self) -> None:
+        """See `Agenda.calm_down`."""
+        self._calm = True
 
     def at(self, at_ns: int, actor: int, action: Action) -> None:
         """See `Agenda.at`."""
@@ -99,7 +107,7 @@ class PriorityAgenda(Agenda):
     def step(self) -> bool:
         """See `Agenda.step`."""
         self._steps += 1
-        fair = self._steps % FAIR_STEPS == 0
+        fair = self._calm or self._steps % FAIR_STEPS == 0
         queue = min(filter(None, self._queues.values()), default=None) if fair else self._highest()
         if queue is None:
             return False

@@ -231,6 +231,7 @@ class Emulator:
 
     def _calm_down(self) -> None:
         self.calm = self.chance.calm = True
+        self.agenda.calm_down()
         self.faults.disarm()
 
     # -- the host ------------------------------------------------------------------------------------------

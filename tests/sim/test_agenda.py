@@ -78,3 +78,20 @@ def test_a_spinner_makes_way() -> None:
     agenda.at(0, 2, lambda: seen.append(2))
     run(agenda)
     assert seen == [2, 1]
+
+
+def test_when_it_is_calm_everybody_has_a_turn_at_their_time() -> None:
+    agenda = PriorityAgenda([1, 2, CLOCK], [])
+    seen: list[str] = []
+
+    def busy() -> None:
+        seen.append("busy")
+        agenda.after(10, 1, busy)
+
+    agenda.at(0, 1, busy)
+    agenda.at(25, 2, lambda: seen.append("put off"))
+    run(agenda, FAIR_STEPS - 1)
+    assert "put off" not in seen
+    agenda.calm_down()
+    run(agenda, 1)
+    assert seen[-1] == "put off"
