@@ -228,13 +228,15 @@ def _stop(child: subprocess.Popen[bytes], trace: int) -> None:
     with the pipe closed it would be killed before its own clean-up.
     """
     if child.poll() is None:
-        begun_s, queued_s = time.monotonic(), _queued_s(child.pid)
+        begun_s, program_s, own_s = time.monotonic(), _queued_s(child.pid), _own_queued_s()
         child.terminate()
         poller = select.poll()
         poller.register(trace, select.POLLIN)
         while child.poll() is None:
             waited_s = time.monotonic() - begun_s
-            if waited_s > min(STOP_BOUND_S, STOP_GRACE_S + _queued_s(child.pid) - queued_s):
+            # This process counts, too, because the program waits when nobody empties its pipe; not both, as they wait at the same time.
+            queued_s = max(_queued_s(child.pid) - program_s, _own_queued_s() - own_s)
+            if waited_s > min(STOP_BOUND_S, STOP_GRACE_S + queued_s):
                 child.kill()
                 break
             if poller.poll(STOP_POLL_MS) and not os.read(trace, PIPE_BYTES):
@@ -243,16 +245,21 @@ def _stop(child: subprocess.Popen[bytes], trace: int) -> None:
 
 
 def _queued_s(pid: int) -> float:
-    """How long the threads of a program, and this process, have waited for a core so far; 0 where the kernel does not tell.
+    """How long the threads of a program have waited for a core so far; 0 where the kernel does not tell."""
+    return sum(map(_waited_s, Path(f"/proc/{pid}/task").glob("*/schedstat")))
 
-    This one counts because the program waits when nobody empties its pipe.
-    """
-    waited_ns = 0
-    for path in (*Path(f"/proc/{pid}/task").glob("*/schedstat"), Path("/proc/thread-self/schedstat")):
-        # A thread may just have ended, and some kernels have no such figures.
-        with contextlib.suppress(OSError, IndexError):
-            waited_ns += int(path.read_text().split()[1])
-    return waited_ns / 1e9
+
+def _own_queued_s() -> float:
+    """The same of the thread that asks."""
+    return _waited_s(Path("/proc/thread-self/schedstat"))
+
+
+def _waited_s(path: Path) -> float:
+    # A thread may just have ended, and some kernels have no such figures.
+    try:
+        return int(path.read_text().split()[1]) / 1e9
+    except (OSError, IndexError):
+        return 0.0
 
 
 def _describe(status: int) -> str:
