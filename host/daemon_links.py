@@ -137,6 +137,10 @@ class DaemonLinks:
         """A daemon of ours has started. WireError for an epoch that cannot be."""
         daemon = self.daemons[number]
         again = epoch == daemon.epoch and daemon.up
+        if not daemon.up and epoch == daemon.next_epoch - 1:
+            # Said before it died and read after the launcher's report, perhaps for the second time: late, and nobody's fault.
+            self._shell.obs.count(HostCounter.STALE_REPLIES)
+            return
         if daemon.gone or (epoch != daemon.next_epoch and not again):
             raise WireError(
                 Nack.STALE_EPOCH, f"daemon {number}: epoch {epoch}, {daemon.next_epoch} may come next"

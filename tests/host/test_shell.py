@@ -134,8 +134,9 @@ def test_what_a_daemon_had_said_before_it_died_is_late_and_not_bad(shell: Shell)
     records = np.array([(1, 4096, 1)], wire.DONE_DTYPE)
     for message in (wire.Pong(0, 1), wire.IoDone(0, 1, records)):
         shell.say(daemon(0), message)
+    shell.say(daemon(0), hello(0))
     assert shell.obs.stats.get(HostCounter.BAD_MESSAGES) == 0
-    assert shell.obs.stats.get(HostCounter.STALE_REPLIES) == 1
+    assert shell.obs.stats.get(HostCounter.STALE_REPLIES) == 2
     assert shell.answers(wire.NackMsg) == []
     shell.say(link.launcher_identity(), wire.DaemonFenced(0, 0))
     shell.say(daemon(1), hello(1))
