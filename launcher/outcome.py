@@ -10,6 +10,7 @@ what is made of them (report/).
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
@@ -58,12 +59,14 @@ class Samples:
         pids: Callable[[], Mapping[Child, int]],
         zygote_pid: int,
         began_ns: int,
+        clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self._outcome = outcome
         self._watch = watch
         self._pids = pids
         self._zygote_pid = zygote_pid
         self._began_ns = began_ns
+        self._clock = clock
         self._memory_due_ns = 0
         self._begun = False
 
@@ -92,6 +95,8 @@ class Samples:
         if not saving:
             outcome.outage.sample(now_ns, self._watch.outage_reading())
         if outcome.at_stop is None and self._watch.stopped():
+            # The flag may be younger than the round's time, and the measured time is not over before its end.
+            now_ns = max(now_ns, self._clock())
             # Before the copy of all figures, which is the launcher's own and only made now.
             outcome.usage.end(now_ns, self._pids_by_role())
             outcome.at_stop = self._watch.snapshot(now_ns)

@@ -45,6 +45,8 @@ class Run:
     outcome: Outcome = field(default_factory=Outcome)
     figures: Figures = field(default_factory=Figures)
     now_ns: int = START
+    late_ns: int = 0
+    """The clock, beyond the time of the round."""
 
     def __post_init__(self) -> None:
         self.next_set()
@@ -52,7 +54,14 @@ class Run:
     def next_set(self) -> None:
         """Fresh processes with the same guests."""
         self.figures = Figures(self.figures.work, (-1, -1))
-        self.samples = Samples(self.outcome, cast(Watch, self.figures), dict, os.getpid(), self.now_ns)
+        self.samples = Samples(
+            self.outcome,
+            cast(Watch, self.figures),
+            dict,
+            os.getpid(),
+            self.now_ns,
+            lambda: self.now_ns + self.late_ns,
+        )
 
     def begin(self) -> None:
         self.figures.epochs = (0, 0)
@@ -129,3 +138,12 @@ def test_the_end_of_the_measured_time_is_seen_while_the_guests_are_saved() -> No
     run.figures.stop = True
     run.samples.turn(run.now_ns, saving=True)
     assert run.outcome.at_stop is not None
+
+
+def test_the_measured_time_is_not_over_before_its_end() -> None:
+    run = Run(late_ns=3)
+    run.begin()
+    run.figures.stop = True
+    run.samples.turn(run.now_ns)
+    assert run.outcome.at_stop is not None
+    assert run.outcome.at_stop.at_ns == run.now_ns + 3, "the flag was set after the round had begun"
