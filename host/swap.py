@@ -84,7 +84,6 @@ class SwapMachine(Machine):
         self._singles = 0
         self._next_id = 2
         self._writes_stand = False
-        self._outage_since_ns = [0] * len(self.daemons)
         self._handlers: dict[type[Any], Callable[[Any], None]] = {
             SwapIn: self.reads.swap_in,
             SwapInBad: self.reads.swap_in_bad,
@@ -260,11 +259,8 @@ class SwapMachine(Machine):
             raise MachineError(
                 f"daemon {event.daemon} epoch {event.epoch} came up before epoch {daemon.epoch} was fenced"
             )
-        again = event.epoch > 0
         daemon.epoch = event.epoch
         daemon.state = DAEMON.go(daemon.state, "hello")
-        if again:
-            self.obs.count(HostCounter.OUTAGE_NS, self.now_ns - self._outage_since_ns[event.daemon])
         self.obs.trace(Kind.DAEMON_UP, a=event.daemon, b=event.epoch)
         self._tell_of_writes()
         for index, other in enumerate(self.daemons):
@@ -276,10 +272,7 @@ class SwapMachine(Machine):
         was_up = event.epoch == daemon.epoch and daemon.state is DaemonState.UP
         daemon.state = DAEMON.go(daemon.state, "lose")
         if not was_up:
-            # It died before it said HELLO: nothing was sent to it.
-            self._outage_since_ns[event.daemon] = self._outage_since_ns[event.daemon] or self.now_ns
-            return
-        self._outage_since_ns[event.daemon] = self.now_ns
+            return  # it died before it said HELLO: nothing was sent to it
         self.obs.trace(Kind.DAEMON_DOWN, a=event.daemon, b=event.epoch)
         self._tell_of_writes()
         self.reads.turn_to_others(event.daemon)

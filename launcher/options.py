@@ -167,7 +167,7 @@ def add_outages(parser: argparse.ArgumentParser) -> None:
         "--repeat",
         type=positive_count,
         metavar="R",
-        help="with --modes: runs of each (default: 1)",
+        help="with --modes or --plot: runs of each mode (default: 1)",
     )
     parser.add_argument(
         "--plot",

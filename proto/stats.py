@@ -103,8 +103,6 @@ class HostCounter(IntEnum):
     """Gauge."""
     OUTSTANDING = 33
     """Gauge: requests to swap daemons that are not answered."""
-    OUTAGE_NS = 34
-    """Time with at least one daemon down."""
     MACHINE_CHECKS = 35
     """Pages that could not be brought back."""
     DAEMON_READS = 36
